@@ -1,0 +1,60 @@
+# Every target sets up .venv by itself (about a minute the first time; again when the stamp's inputs change).
+PYTHON ?= python3
+WORKERS ?= 2
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+RUN := $(BIN)/python
+
+# The machine's own thread settings stay out of timings and tests: one thread unless a command says otherwise.
+export OMP_NUM_THREADS ?= 1
+export KINETO_LOG_LEVEL ?= 6
+
+.PHONY: help venv demo test check format bench matrix results wheel clean
+
+help:
+	@echo "make demo     train a small net on scikit-learn's digits, mask it, export it, compare"
+	@echo "make test     run the tests"
+	@echo "make check    ruff (lint, format) and mypy"
+	@echo "make bench    time and memory of an export, network by network"
+	@echo "make matrix   every network x every mask (long)"
+	@echo "make results  accuracy and latency on real trained networks, written to docs/results.md"
+
+# A half-made environment is started afresh: only the stamp says that it is whole.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear $(VENV)
+	$(RUN) -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[zoo,demo,onnx,dev]"
+	touch $@
+
+venv: $(STAMP)
+
+demo: $(STAMP)
+	$(RUN) -m demo.demo
+
+test: $(STAMP)
+	$(RUN) -m pytest -n $(WORKERS) -m "not matrix"
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)
+	$(RUN) -m benchmarks.bench
+
+matrix: $(STAMP)
+	$(RUN) -m benchmarks.matrix
+
+results: $(STAMP)
+	$(RUN) -m benchmarks.results
+
+wheel: $(STAMP)
+	$(RUN) -m build --wheel --no-isolation
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,0 +1,36 @@
+"""upscale: a channel-level compiler for PyTorch. Mask channels with anything, export a smaller model that computes
+the same. See :func:`export` and the paper's two classes, :class:`MaskingManager` and :class:`PruningManager`."""
+
+from .errors import (
+    CaptureError,
+    ConstantOutputError,
+    InputError,
+    NonFiniteError,
+    NothingToPruneError,
+    RuleError,
+    UnknownChannelError,
+    UnsupportedModelError,
+    UpscaleError,
+    VerificationError,
+)
+from .exporting import export
+from .managers import PruningManager
+from .masking import MaskingManager
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CaptureError",
+    "ConstantOutputError",
+    "InputError",
+    "MaskingManager",
+    "NonFiniteError",
+    "NothingToPruneError",
+    "PruningManager",
+    "RuleError",
+    "UnknownChannelError",
+    "UnsupportedModelError",
+    "UpscaleError",
+    "VerificationError",
+    "export",
+]

@@ -1,0 +1,234 @@
+"""The backward pass of liveness: a channel is live if somebody's result depends on it.
+
+With the forward pass of constants before it, one pass in reverse order reaches the fixed point: a zero weight frees
+its input, which may free a whole producer, and so on up the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch.fx import Node
+
+from ..program import Program
+from .analysis import analyse
+from .constants import find_constants, support_of, weighted
+from .effects import Constants, Contract, PerChannel, Pointwise, is_tensor, reads_values
+from .model import Demand, Flow, FlowNode, Link, Support
+
+
+def analyse_flow(program: Program, only: Mapping[str, torch.Tensor] | None = None) -> Flow:
+    """Labels, constants and liveness of a captured program.
+
+    ``only``: where given, a weight's zeros count only at these entries (weight name -> bool of its shape).
+    """
+    nodes = analyse(program)
+    supports = {
+        n: support_of(program, f.effect, only)
+        for n, f in nodes.items()
+        if isinstance(f.effect, Contract) and f.kind == "fresh"
+    }
+    constants = find_constants(program, nodes, supports)
+    return _Liveness(nodes, constants, supports).run()
+
+
+class _Liveness:
+    def __init__(
+        self, nodes: dict[Node, FlowNode], constants: dict[Node, Constants | None], supports: dict[Node, Support]
+    ) -> None:
+        self.nodes, self.constants, self.supports = nodes, constants, supports
+        self.live = {n: np.zeros(f.channels.size, dtype=bool) for n, f in nodes.items() if f.channels is not None}
+        self.used: set[Node] = set()
+        self.demands: dict[Node, Demand] = {}
+        self.replaced: set[tuple[Node, Node]] = set()
+
+    def run(self) -> Flow:
+        for node, flow in reversed(self.nodes.items()):
+            if node.op in ("output", "placeholder") or _writes(node):
+                self.used.add(node)
+            if node in self.live and bool(self.live[node].any()):
+                self.used.add(node)
+            if node in self.used:
+                self._visit(node, flow)
+        masked = {n: not bool(s.used.any(0).all() and s.used.any(1).all()) for n, s in self.supports.items()}
+        used, replaced = frozenset(self.used), frozenset(self.replaced)
+        return Flow(
+            self.nodes, self.constants, self.live, used, self.demands, replaced, masked, self._depends()
+        )
+
+    def _visit(self, node: Node, flow: FlowNode) -> None:
+        for operand, _ in flow.whole:
+            self._need_all(operand)
+        if isinstance(flow.effect, Contract) and flow.kind == "fresh":
+            self._contract(node, flow, flow.effect)
+        elif flow.kind in ("opaque", "barrier"):
+            for n in node.all_input_nodes:
+                # a size is read off whatever stands there: one channel is enough
+                self._need_all(n) if reads_values(node) else self._need_one(n)
+        elif flow.kind != "param":
+            self._through(node, flow)
+        for n in node.all_input_nodes:  # weights, sizes, masks without channels
+            if n in self.nodes and self.nodes[n].channels is None:
+                self._mark_plain(node, n)
+
+    def _mark_plain(self, reader: Node, operand: Node) -> None:
+        if (reader, operand) not in self.replaced:
+            self.used.add(operand)
+
+    def _need_all(self, node: Node) -> None:
+        self.used.add(node)
+        if node in self.live:
+            self.live[node][:] = True
+
+    def _need_one(self, node: Node) -> None:
+        self.used.add(node)
+        if node in self.live and not self.live[node].any():
+            self.live[node][0] = True
+
+    def _need(self, link: Link, wanted: np.ndarray) -> None:
+        """``wanted``: positions of the reader's result."""
+        positions = link.positions[wanted]
+        positions = positions[positions >= 0]
+        if not len(positions):
+            return
+        self.used.add(link.operand)
+        if not link.anchored and link.operand in self.live:
+            self.live[link.operand][positions] = True
+
+    # -- transits -----------------------------------------------------------------------------------------------
+
+    def _through(self, node: Node, flow: FlowNode) -> None:
+        live = np.ones_like(self.live[node]) if flow.pinned else self.live[node]
+        self.live[node] = live
+        own = self.constants.get(node)
+        if flow.kind == "concat" and flow.links and bool(live[np.all([k.positions < 0 for k in flow.links], axis=0)].any()):
+            self._need_one(flow.links[0].operand)  # padding needs a tensor to pad
+        for link in flow.links:
+            if self._replaceable(node, flow, link, live):
+                self.replaced.add((node, link.operand))
+                continue
+            self._need(link, live & ~self._blocked(flow, own, link))
+
+    def _blocked(self, flow: FlowNode, own: Constants | None, link: Link) -> np.ndarray:
+        """Positions whose value is known without knowing this operand: zero times anything, a zero scale."""
+        size = len(link.positions)
+        if own is None or flow.pinned or not isinstance(flow.effect, (PerChannel, Pointwise)):
+            return np.zeros(size, dtype=bool)
+        return own.known.numpy() & ~self._known(link)
+
+    def _known(self, link: Link) -> np.ndarray:
+        operand = None if link.anchored else self.constants.get(link.operand)
+        if operand is None:
+            return np.zeros(len(link.positions), dtype=bool)
+        return operand.known.numpy()[np.maximum(link.positions, 0)] & (link.positions >= 0)
+
+    def _replaceable(self, node: Node, flow: FlowNode, link: Link, live: np.ndarray) -> bool:
+        """A computed operand that is constant in every live channel becomes numbers, if another operand still gives
+        the result its shape."""
+        if not isinstance(flow.effect, Pointwise) or link.operand.op == "get_attr" or link.anchored or flow.pinned:
+            return False
+        if not bool(self._known(link)[live].all()):
+            return False
+        shape = node.meta["val"].shape
+        others = [n for n in flow.effect.operands if n is not link.operand and (node, n) not in self.replaced]
+        return any(n.op != "get_attr" and n.meta["val"].shape == shape for n in others)
+
+    # -- contractions -------------------------------------------------------------------------------------------
+
+    def _contract(self, node: Node, flow: FlowNode, effect: Contract) -> None:
+        live, own = self.live[node], self.constants.get(node)
+        if flow.pinned:
+            live[:] = True
+        support = self.supports[node]
+        rows, absorber = len(live), self._absorber(node, effect)
+        constant = np.zeros(rows, dtype=bool)
+        delta = torch.zeros(rows, dtype=torch.float64)
+        if effect.operand is None or flow.pinned:
+            if flow.links:
+                self._need(flow.links[0], np.ones(len(flow.links[0].positions), dtype=bool))
+                size = len(flow.links[0].positions)
+                self.demands[node] = Demand(np.ones(size, dtype=bool), constant, delta, None)
+            return
+        link = flow.links[0]
+        can_fold = effect.bias is not None or absorber is not None
+        if own is not None:
+            constant = own.known.numpy() & ((own.value == 0).numpy() | can_fold)
+        known, value = self._input_constants(link)
+        free = known & ((value == 0) | (effect.exact & can_fold))
+        active = torch.from_numpy(live & ~constant)
+        rows_used = support.used if bool(active.all()) else support.used[active]
+        inputs = rows_used.any(0).numpy() & ~free
+        inputs = self._whole_units(link, inputs)
+        folded = torch.from_numpy(np.where(free & ~inputs, value, 0.0))
+        delta = weighted(support.total, folded)
+        if own is not None:
+            bias = 0.0 if support.bias is None else support.bias.double()
+            delta = torch.where(torch.from_numpy(constant), own.value.double() - bias, delta)
+        if not inputs.any() and live.any():
+            inputs[self._any_position(link)] = True  # a layer cannot have no input; its weights for it are zero
+        self._need(link, inputs)
+        self.demands[node] = Demand(inputs, constant, delta, absorber if bool(delta.any()) else None)
+
+    def _input_constants(self, link: Link) -> tuple[np.ndarray, np.ndarray]:
+        operand = None if link.anchored else self.constants.get(link.operand)
+        if operand is None:
+            return np.zeros(len(link.positions), dtype=bool), np.zeros(len(link.positions))
+        return self._known(link), operand.value.double().numpy()[np.maximum(link.positions, 0)]
+
+    def _whole_units(self, link: Link, inputs: np.ndarray) -> np.ndarray:
+        """Pixels of a flattened channel are read together: a few zero weights are cheaper than a gather."""
+        channels = None if link.anchored else self.nodes[link.operand].channels
+        if channels is None or channels.unit_count == channels.size:
+            return inputs
+        wanted = np.zeros(channels.unit_count, dtype=bool)
+        wanted[channels.units[inputs]] = True
+        return wanted[channels.units]
+
+    def _any_position(self, link: Link) -> np.ndarray:
+        """The cheapest position to read when none is needed: one that is live anyway."""
+        channels = None if link.anchored else self.nodes[link.operand].channels
+        if channels is None:
+            return np.array([0])
+        live = np.flatnonzero(self.live[link.operand])
+        first = int(live[0]) if len(live) else 0
+        return np.flatnonzero(channels.units == channels.units[first])
+
+    def _absorber(self, node: Node, effect: Contract) -> Node | None:
+        """The batch norm that follows alone, whose running mean can take up a constant."""
+        if effect.bias is not None or len(node.users) != 1:
+            return None
+        user = next(iter(node.users))
+        flow = self.nodes[user]
+        if "batch_norm" not in str(user.target) or not isinstance(flow.effect, PerChannel) or flow.pinned:
+            return None
+        return user if flow.effect.constant is not None and flow.kind == "transit" else None
+
+    # -- dependence ---------------------------------------------------------------------------------------------
+
+    def _depends(self) -> bool:
+        """Whether any output still depends on any input."""
+        depends: dict[Node, bool] = {}
+        for node, flow in self.nodes.items():
+            if node.op == "placeholder":
+                depends[node] = is_tensor(node)
+                continue
+            inputs = [n for n in node.all_input_nodes if (node, n) not in self.replaced]
+            answer = node in self.used and any(depends.get(n, False) for n in inputs)
+            own = self.constants.get(node)
+            if answer and own is not None and bool(own.known.all()):
+                answer = False
+            if answer and (demand := self.demands.get(node)) is not None and isinstance(flow.effect, Contract):
+                rows = torch.from_numpy(self.live[node] & ~demand.constant)
+                used = self.supports[node].used[rows].any(0)
+                answer = bool((used if flow.effect.groups > 1 else used[torch.from_numpy(demand.inputs)]).any())
+            if not reads_values(node):
+                answer = False
+            depends[node] = answer
+        return any(d for n, d in depends.items() if n.op == "output")
+
+
+def _writes(node: Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable

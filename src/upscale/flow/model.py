@@ -1,0 +1,84 @@
+"""What the flow analysis hands over: for every node, where its channels come from and which of them matter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.fx import Node
+
+from .effects import Channels, Constants, Effect
+
+
+@dataclass(frozen=True)
+class Link:
+    """Position ``j`` of the result pairs with position ``positions[j]`` of the operand; -1: with none of it.
+
+    ``anchored``: the operand carries no channels of its own; it stands there whole and in its own order, and is read
+    along ``dim``.
+    """
+
+    operand: Node
+    dim: int
+    positions: np.ndarray
+    anchored: bool = False
+
+
+@dataclass(frozen=True)
+class FlowNode:
+    """One node's part in the flow.
+
+    kind: ``param`` (labelled parameter), ``fresh`` (contraction), ``transit`` (same channels, other values),
+    ``select`` (channels picked from one tensor: exists on paper only), ``concat`` (channels of several tensors),
+    ``list`` (several results), ``barrier``, ``opaque``.
+    ``whole`` lists operands of which every channel is needed: (node, in the original order).
+    """
+
+    node: Node
+    kind: str
+    effect: Effect | None
+    channels: Channels | None = None
+    links: tuple[Link, ...] = ()
+    whole: tuple[tuple[Node, bool], ...] = ()
+    fill: float = 0.0  # the value at positions no link covers (channel padding)
+    merge: tuple[int, int] = (1, 1)  # (outer, inner) copies of each channel made by merging dimensions
+    pinned: bool = False  # all channels stay, in order (shared weights, grouped convolutions)
+
+
+@dataclass(frozen=True)
+class Support:
+    """A contraction's weight as the analysis needs it: which inputs each row uses, and with what total."""
+
+    used: torch.Tensor  # bool (rows, inputs)
+    total: torch.Tensor  # (rows, inputs): the weight summed over its window
+    bias: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What a contraction needs to compute its live rows.
+
+    ``inputs``: positions to read. ``constant``: rows whose value is known; they are emitted as a zero row.
+    ``delta``: what the emitted contraction lacks per row (folded constants); it goes to the bias, or to the running
+    mean of the batch norm that follows (``absorber``).
+    """
+
+    inputs: np.ndarray
+    constant: np.ndarray
+    delta: torch.Tensor
+    absorber: Node | None
+
+
+@dataclass(frozen=True)
+class Flow:
+    """The analysed graph. Arrays are indexed by channel position of the node."""
+
+    nodes: dict[Node, FlowNode]
+    constants: dict[Node, Constants | None]
+    live: dict[Node, np.ndarray]
+    used: frozenset[Node]
+    demands: dict[Node, Demand]
+    replaced: frozenset[tuple[Node, Node]]  # (reader, operand): the operand is a known constant to this reader
+    masked: dict[Node, bool]  # contractions: whether any input column or row is zero
+    depends: bool  # whether the output still depends on the input

@@ -1,0 +1,311 @@
+"""Lowering: a captured program and a plan give a smaller program in the same format.
+
+Works node by node in graph order; every read, weight cut and constant is taken from the plan, nothing is decided here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import fx
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+from .flow import FlowNode
+from .flow.effects import Contract, Mixing, Movement, PerChannel, Pointwise
+from .plan import Piece, Plan, Read
+from .program import Program
+
+
+def lower(program: Program, nodes: dict[Node, FlowNode], plan: Plan) -> Program:
+    """Carry out ``plan`` on ``program``. The result shares no tensor with it.
+
+    ``nodes``: the flow of the program's nodes, for which argument plays which part.
+    """
+    return _Lowering(program, nodes, plan).run()
+
+
+class _Lowering:
+    def __init__(self, program: Program, nodes: dict[Node, FlowNode], plan: Plan) -> None:
+        self.program, self.nodes, self.plan = program, nodes, plan
+        self.graph = fx.Graph()
+        self.env: dict[str, Node] = {}
+        self.tensors: dict[str, torch.Tensor] = {}
+        self.kinds: dict[str, str] = {}
+        self.attributes: dict[str, Node] = {}
+        self.realised: dict[tuple[int, tuple[Piece, ...]], Node] = {}
+        self.absorbed = {c.absorber: c.delta for c in plan.contractions.values() if c.absorber is not None}
+        self.skipped = set(plan.virtual) | set(plan.dead)
+        self.names = {n.name: n for n in program.graph.nodes}
+
+    def run(self) -> Program:
+        for node in self.program.graph.nodes:
+            if node.name in self.skipped or node.op == "get_attr":
+                continue
+            self._emit(node)
+        self.graph.eliminate_dead_code()
+        live = {str(n.target) for n in self.graph.nodes if n.op == "get_attr"}
+        return replace(
+            self.program,
+            graph=self.graph,
+            tensors={k: v for k, v in self.tensors.items() if k in live},
+            kinds={k: v for k, v in self.kinds.items() if k in live},
+        )
+
+    def _emit(self, node: Node) -> None:
+        if node.op == "placeholder":
+            new = self.graph.node_copy(node)
+        elif node.op == "output":
+            new = self.graph.output(map_arg(node.args[0], lambda n: self._value(node, n)))
+        else:
+            handler = {"fresh": self._contraction, "transit": self._transit, "concat": self._concat}
+            new = handler.get(self.nodes[node].kind, self._plain)(node)
+        self.env[node.name] = new
+
+    # -- kinds of nodes -----------------------------------------------------------------------------------------
+
+    def _plain(self, node: Node) -> Node:
+        return self._call(node, {})
+
+    def _concat(self, node: Node) -> Node:
+        reads = self.plan.reads[node.name]
+        return self._realise(next(iter(reads.values())), like=node)
+
+    def _contraction(self, node: Node) -> Node:
+        effect = self.nodes[node].effect
+        assert isinstance(effect, Contract)
+        cut = self.plan.contractions[node.name]
+        weight = self._tensor(effect.weight)
+        new = weight.index_select(effect.weight_out, _index(cut.rows, weight)) if effect.groups == 1 else weight.clone()
+        if cut.columns is not None and effect.weight_in is not None:
+            new = new.index_select(effect.weight_in, _index(cut.columns, weight))
+        zero = [i for i, row in enumerate(cut.rows) if row in set(cut.zero_rows)]
+        if zero:
+            new.index_fill_(effect.weight_out, _index(zero, weight), 0.0)
+        swap = {effect.weight: self._attribute(effect.weight, new)}
+        if effect.bias is not None:
+            swap[effect.bias] = self._bias(effect.bias, cut.rows, cut.delta)
+        return self._call(node, swap)
+
+    def _bias(self, bias: Node, rows: Sequence[int], delta: Sequence[float]) -> Node:
+        old = self._tensor(bias)
+        new = old.index_select(0, _index(rows, old))
+        if delta:
+            extra = torch.tensor(delta, dtype=torch.float64)[list(rows)]
+            new = (new.double() + extra.to(new.device)).to(new.dtype)
+        return self._attribute(bias, new)
+
+    def _transit(self, node: Node) -> Node:
+        f = self.nodes[node]
+        if isinstance(f.effect, Pointwise) and (same := self._without_zeros(node, f)) is not None:
+            return same
+        swap: dict[Node, Node] = {}
+        changes: dict[str, Any] = {}
+        layout = self.plan.layouts[node.name]
+        if isinstance(f.effect, (PerChannel, Mixing)):
+            for parameter, dim in f.effect.slices:
+                swap[parameter] = self._slice(node, parameter, dim)
+        if isinstance(f.effect, PerChannel) and f.effect.groups_arg is not None:
+            changes[f.effect.groups_arg] = len(layout.positions)
+        if isinstance(f.effect, Movement) and f.effect.size_arg is not None and not layout.is_whole:
+            changes[f.effect.size_arg] = self._sizes(node, f.effect.size_arg)
+        return self._call(node, swap, changes)
+
+    def _slice(self, node: Node, parameter: Node, dim: int) -> Node:
+        old = self._tensor(parameter)
+        positions = self.plan.layouts[node.name].positions
+        new = old.index_select(dim, _index(positions, old))
+        if node.name in self.absorbed and parameter is node.args[3]:  # batch_norm(x, weight, bias, running_mean, ...)
+            delta = torch.tensor(self.absorbed[node.name], dtype=torch.float64)[list(positions)]
+            new = (new.double() - delta.to(new.device)).to(new.dtype)
+        return self._attribute(parameter, new)
+
+    def _sizes(self, node: Node, name: str) -> list[Any]:
+        """The explicit sizes of a reshaping call, with the new number of channels."""
+        names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+        sizes = list(node.args[names.index(name)])  # type: ignore[arg-type]
+        layout = self.plan.layouts[node.name]
+        at = layout.dim
+        if "unflatten" in str(node.target):
+            first = node.args[1]
+            assert isinstance(first, int)
+            at -= first % (len(node.meta["val"].shape) - len(sizes) + 1)
+        if 0 <= at < len(sizes) and isinstance(sizes[at], int) and sizes[at] != -1:
+            sizes[at] = len(layout.positions)
+        return sizes
+
+    def _without_zeros(self, node: Node, f: FlowNode) -> Node | None:
+        """``x + 0`` is ``x``: a branch that became zero leaves no trace."""
+        constants = self.plan.constants.get(node.name, {})
+        if str(node.target) not in ("aten.add.Tensor", "aten.sub.Tensor") or len(constants) != 1:
+            return None
+        (name, values), = constants.items()
+        rest = [n for n in node.all_input_nodes if n.name != name]
+        if any(values) or len(rest) != 1 or (str(node.target) == "aten.sub.Tensor" and rest[0] is not node.args[0]):
+            return None
+        if rest[0].meta["val"].shape != node.meta["val"].shape or rest[0].meta["val"].dtype != node.meta["val"].dtype:
+            return None
+        return self._value(node, rest[0]) if node.kwargs.get("alpha", 1) == 1 or rest[0] is node.args[0] else None
+
+    # -- building calls -----------------------------------------------------------------------------------------
+
+    def _call(self, node: Node, swap: dict[Node, Node], changes: dict[str, Any] | None = None) -> Node:
+        """The same call with new operands; ``changes`` replaces arguments by their schema names."""
+
+        def fresh(n: Node) -> Node:
+            return swap[n] if n in swap else self._value(node, n)
+
+        args, kwargs = list(node.args), dict(node.kwargs)
+        if changes:
+            names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+            for name, value in changes.items():
+                index = names.index(name)
+                if index < len(args):
+                    args[index] = value
+                else:
+                    kwargs[name] = value
+        # a slice of channels is not contiguous: what could be viewed before may need a copy now
+        target = torch.ops.aten.reshape.default if node.target is torch.ops.aten.view.default else node.target
+        new = self.graph.call_function(target, map_arg(tuple(args), fresh), map_arg(kwargs, fresh))  # type: ignore[arg-type]
+        new.meta = {k: v for k, v in node.meta.items() if k != "val"} | {"origin": node.name}
+        if changes and any(name != "groups" for name in changes):
+            new.meta["rewritten"] = True
+        return new
+
+    def _value(self, reader: Node, operand: Node) -> Node:
+        """What ``reader`` gets for ``operand``: a planned read, a constant, or the tensor as it stands."""
+        constant = self.plan.constants.get(reader.name, {}).get(operand.name)
+        if constant is not None:
+            return self._constant(reader, operand, constant)
+        read = self.plan.reads.get(reader.name, {}).get(operand.name)
+        if read is not None:
+            return self._realise(read, like=reader)
+        return self._stored(operand)
+
+    def _stored(self, node: Node) -> Node:
+        if node.op != "get_attr":
+            return self.env[node.name]
+        layout = self.plan.layouts.get(node.name)
+        old = self._tensor(node)
+        new = old.clone() if layout is None else old.index_select(layout.dim, _index(layout.positions, old))
+        return self._attribute(node, new)
+
+    def _constant(self, reader: Node, operand: Node, values: Sequence[float]) -> Node:
+        val = operand.meta["val"]
+        dim = next(k.dim for k in self.nodes[reader].links if k.operand is operand)
+        shape = [1] * val.ndim
+        shape[dim] = len(values)
+        tensor = torch.tensor(values, dtype=torch.float64).view(shape).to(val.dtype).to(self._device())
+        return self._register(f"constant_{operand.name}", tensor, "constant")
+
+    # -- reads --------------------------------------------------------------------------------------------------
+
+    def _realise(self, read: Read, like: Node) -> Node:
+        key = (read.dim, read.pieces)
+        if key not in self.realised:
+            self.realised[key] = self._build(read)
+        return self.realised[key]
+
+    def _build(self, read: Read) -> Node:
+        dim, pieces = read.dim, read.pieces
+        if read.kind == "whole":
+            return self._source(pieces[0])
+        if read.kind == "gather":
+            return self._select(self._source(pieces[0]), dim, pieces[0].indices)
+        if read.kind == "collect":
+            parts = [self._source(p) for p in pieces[:-1]]
+            return self._select(self._insert(torch.cat, (parts, dim)), dim, pieces[-1].indices)
+        parts = self._parts(dim, pieces)
+        return parts[0] if len(parts) == 1 else self._insert(torch.cat, (parts, dim))
+
+    def _parts(self, dim: int, pieces: Sequence[Piece]) -> list[Node]:
+        """One node per slice; constants are padded onto a neighbour."""
+        parts: list[Node] = []
+        before: list[Piece] = []
+        rank = next(self._original(p.source).meta["val"].ndim for p in pieces if p.source is not None)
+        for p in pieces:
+            if p.source is None and not parts:
+                before.append(p)
+            elif p.source is None:
+                parts[-1] = self._pad(parts[-1], rank - dim, 0, len(p.indices), p.fill)
+            else:
+                part = self._cut(self._source(p), dim, p)
+                for q in reversed(before):
+                    part = self._pad(part, rank - dim, len(q.indices), 0, q.fill)
+                before = []
+                parts.append(part)
+        return parts
+
+    def _cut(self, source: Node, dim: int, piece: Piece) -> Node:
+        if not piece.indices:
+            return self._insert(torch.narrow, (source, dim, 0, 0))
+        if self._covers(piece):
+            return source
+        return self._insert(torch.narrow, (source, dim, piece.indices[0], len(piece.indices)))
+
+    def _covers(self, piece: Piece) -> bool:
+        layout = self.plan.layouts.get(piece.source or "")
+        return layout is not None and piece.indices == tuple(range(len(layout.positions)))
+
+    def _pad(self, part: Node, dims: int, low: int, high: int, value: float) -> Node:
+        """Pad the ``dims``-th dimension from the last."""
+        widths = [0] * (2 * dims)
+        widths[-2:] = [low, high]
+        return self._insert(F.pad, (part, widths, "constant", value))
+
+    def _select(self, source: Node, dim: int, indices: Sequence[int]) -> Node:
+        tensor = torch.tensor(indices, dtype=torch.int64, device=self._device())
+        return self._insert(torch.index_select, (source, dim, self._register("index", tensor, "constant")))
+
+    def _source(self, piece: Piece) -> Node:
+        assert piece.source is not None
+        return self._stored(self._original(piece.source))
+
+    def _insert(self, target: Any, args: tuple[Any, ...]) -> Node:
+        new = self.graph.call_function(target, args)
+        new.meta["rewritten"] = True
+        return new
+
+    # -- tensors ------------------------------------------------------------------------------------------------
+
+    def _original(self, name: str) -> Node:
+        return self.names[name]
+
+    def _tensor(self, node: Node) -> torch.Tensor:
+        return self.program.tensors[str(node.target)].detach()
+
+    def _device(self) -> torch.device:
+        return next((t.device for t in self.program.tensors.values()), torch.device("cpu"))
+
+    def _attribute(self, node: Node, tensor: torch.Tensor) -> Node:
+        """A tensor of the original model under its own name; asked for twice, it must be the same both times."""
+        name = str(node.target)
+        if name in self.attributes:
+            if self.tensors[name].shape != tensor.shape:
+                raise AssertionError(f"{name} is cut in two ways")
+            return self.attributes[name]
+        old = self.program.tensors[name]
+        if isinstance(old, torch.nn.Parameter):
+            tensor = torch.nn.Parameter(tensor, requires_grad=old.requires_grad)
+        self.tensors[name], self.kinds[name] = tensor, self.program.kinds[name]
+        new = self.graph.get_attr(name)
+        new.meta = {k: v for k, v in node.meta.items() if k != "val"}
+        self.attributes[name] = new
+        return new
+
+    def _register(self, stem: str, tensor: torch.Tensor, kind: str) -> Node:
+        for name, known in self.tensors.items():
+            if name.startswith(f"upscale_{stem}") and known.shape == tensor.shape and torch.equal(known, tensor):
+                return self.attributes[name]
+        name = f"upscale_{stem}_{sum(n.startswith(f'upscale_{stem}') for n in self.tensors)}"
+        self.tensors[name], self.kinds[name] = tensor, kind
+        self.attributes[name] = self.graph.get_attr(name)
+        return self.attributes[name]
+
+
+def _index(items: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(list(items), dtype=torch.int64, device=like.device)

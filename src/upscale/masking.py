@@ -1,0 +1,365 @@
+"""Choose channels by magnitude and zero them: the masks that ``upscale.export`` then turns into speed.
+
+*Unconstrained* masks let every layer choose its own channels. *Constrained* masks make all layers on a shared
+tensor choose the same ones, as classical structured pruning does: no copies afterwards, but less freedom and
+so less accuracy.
+"""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from .channels import LAYERS, Side, channel_count, entries_of
+from .errors import InputError, NothingToPruneError, UnsupportedModelError
+from .grouping import tied_groups
+from .observe import Observation, observe
+from .ranking import Group, Heuristic, group_scores, pick, pick_globally, scores_of
+
+__all__ = ["MaskingManager"]
+
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_IMAGE_SIZES = (224, 64, 32)
+
+
+class MaskingManager:
+    """Zero the least important channels of a model's layers, in place.
+
+    Parameters
+    ----------
+    model:
+        Any ``nn.Module``. Convolutions, transposed convolutions and linear layers get masks; the projections
+        of ``nn.MultiheadAttention`` do not.
+    side:
+        ``"input"``: a layer's weight is zeroed for some of the channels that it reads. Grouped and depthwise
+        convolutions are left alone on this side (unless a constrained group says otherwise), and so is every
+        layer that reads a model input. ``"output"``: the rows of some of the channels that a layer writes are
+        zeroed, with its bias and the weight and bias of a batch norm that directly follows, so that the
+        channel is zero where it is read. The last layers, whose result reaches a model output, are left alone
+        on this side.
+    method:
+        ``"unconstrained"`` or ``"constrained"`` (see the module's first lines).
+    is_global:
+        Rank all layers' channels together (each layer's scores divided by their root mean square, so that
+        layers of different scale compare) instead of taking the same share of each layer.
+    example_inputs:
+        What the model is called with: a tensor, a tuple of positional arguments, or a dict of keyword
+        arguments. Needed to see which layers read a model input, which write an output and which batch norm
+        follows which layer. Without it, images of 224, 64 and 32 pixels are tried; where none fits,
+        unconstrained masks go by the order in which the layers are registered, and constrained masks raise
+        ``InputError``.
+
+    Attributes
+    ----------
+    masked: dict[str, Tensor]
+        After :meth:`mask`: for each layer, the indices of its zeroed channels (int64, sorted).
+    skipped: dict[str, str]
+        The layers that get no mask of their own, and why.
+
+    Raises
+    ------
+    InputError
+        for an unknown ``side`` or ``method``, or example inputs that the model does not accept.
+    UnsupportedModelError
+        for a ScriptModule, or where a layer's weight is computed by ``torch.nn.utils.prune`` or a
+        parametrisation.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        side: Side = "input",
+        method: Literal["unconstrained", "constrained"] = "unconstrained",
+        is_global: bool = False,
+        example_inputs: Any = None,
+    ) -> None:
+        self._model = _checked_model(model)
+        self._side: Side = _one_of("side", side, ("input", "output"))
+        self._method = _one_of("method", method, ("unconstrained", "constrained"))
+        if not isinstance(is_global, bool):
+            raise InputError(f"is_global must be True or False, not {is_global!r}")
+        self._is_global = is_global
+        self._layers = _find_layers(self._model)
+        self._norms = {
+            n: m for n, m in self._model.named_modules() if isinstance(m, _BATCH_NORMS) and m.affine
+        }
+        self.skipped: dict[str, str] = {}
+        self.masked: dict[str, Tensor] = {}
+        self._scores: dict[str, Tensor] | None = None
+        self._example, self._seen = self._look(example_inputs)
+        self._protected = self._find_protected()
+        self._groups = self._constrained() if self._method == "constrained" else self._unconstrained()
+        for name in {name for group in self._groups for name in group.members}:
+            _refuse_computed(
+                name, self._layers[name], ("weight", "bias") if self._side == "output" else ("weight",)
+            )
+
+    def importance(self, heuristic: Heuristic = "l2") -> MaskingManager:
+        """Score every channel; the lowest scores are masked first. Returns ``self``.
+
+        ``heuristic``: ``"l1"`` or ``"l2"``, the norm of the channel's weights; or a function from a layer's
+        weight (detached) to either one score an element, in the weight's shape, which are summed over each
+        channel, or one score a channel of the chosen side. Raises ``InputError`` for anything else, and
+        ``NonFiniteError`` where a weight or a score is NaN or infinite.
+        """
+        if not callable(heuristic) and heuristic not in ("l1", "l2"):
+            raise InputError(f"heuristic must be 'l1', 'l2' or a function of a weight, not {heuristic!r}")
+        names = sorted({name for group in self._groups for name in group.members})
+        self._scores = {name: scores_of(name, self._layers[name], self._side, heuristic) for name in names}
+        return self
+
+    def mask(self, amount: float = 0.5) -> MaskingManager:
+        """Zero the lowest ``floor(amount * channels)`` channels of each layer (of all layers, if
+        ``is_global``).
+
+        ``amount``: ``0 <= amount < 1``. No layer ever loses its last channel. Ties go by the order of layers
+        and channels. Scores are those of the last call of :meth:`importance` (L2 where it was not called).
+        Returns ``self``. Raises ``InputError`` for a bad ``amount`` and ``NothingToPruneError`` where no
+        layer can be masked.
+        """
+        share = _checked_amount(amount)
+        if not self._groups:
+            raise NothingToPruneError(self._explain_empty())
+        if self._scores is None:
+            self.importance()
+        assert self._scores is not None
+        scores = [group_scores(group, self._scores) for group in self._groups]
+        if self._is_global:
+            picked = pick_globally(self._groups, scores, share)
+        else:
+            picked = [
+                pick([(group, score)], share)[0] for group, score in zip(self._groups, scores, strict=True)
+            ]
+        self.masked = self._layer_channels(picked)
+        for name, channels in self.masked.items():
+            self._zero(name, channels)
+        return self
+
+    def _look(
+        self, example_inputs: Any
+    ) -> tuple[tuple[tuple[Any, ...], dict[str, Any]] | None, Observation | None]:
+        """Run the model once on the given inputs, or on guessed images: (the inputs, what was seen)."""
+        if example_inputs is not None:
+            args, kwargs = _as_call(example_inputs)
+            try:
+                return (args, kwargs), observe(self._model, args, kwargs, self._layers, self._norms)
+            except Exception as error:
+                raise InputError(f"the model does not accept the example inputs: {error}") from error
+        for args in _guessed_inputs(self._layers):
+            try:
+                return (args, {}), observe(self._model, args, {}, self._layers, self._norms)
+            except Exception:  # a guess that does not fit may fail in any way
+                continue
+        return None, None
+
+    def _find_protected(self) -> dict[str, str]:
+        """Layers that this side's masks must leave alone, with the reason."""
+        if not self._layers:
+            return {}
+        if self._seen is not None and self._seen.executed:
+            if self._side == "input":
+                return dict.fromkeys(self._seen.input_readers, "reads a model input")
+            return dict.fromkeys(self._seen.output_writers, "writes a model output")
+        names = list(self._layers)
+        if self._side == "input":
+            return {names[0]: "taken for the reader of the model input (registered first)"}
+        return {names[-1]: "taken for the writer of the model output (registered last)"}
+
+    def _unconstrained(self) -> list[Group]:
+        """Every layer on its own, but layers that share a batch norm together: it has one weight for all."""
+        groups = []
+        for cluster in self._clusters():
+            for name in cluster:
+                reason = self._protected.get(name) or self._why_alone(name)
+                if reason:
+                    self.skipped[name] = reason
+            if not any(name in self.skipped for name in cluster):
+                size = channel_count(self._layers[cluster[0]], self._side)
+                groups.append(Group({name: torch.arange(size) for name in cluster}, size))
+        return groups
+
+    def _clusters(self) -> list[list[str]]:
+        if self._side == "input":
+            return [[name] for name in self._layers]
+        clusters: list[list[str]] = []
+        home: dict[str, list[str]] = {}  # batch norm -> the cluster that it belongs to
+        for name in self._layers:
+            norms = self._norms_after(name)
+            cluster = next((home[norm] for norm in norms if norm in home), None)
+            if cluster is None:
+                cluster = []
+                clusters.append(cluster)
+            cluster.append(name)
+            home.update(dict.fromkeys(norms, cluster))
+        return clusters
+
+    def _why_alone(self, name: str) -> str | None:
+        layer = self._layers[name]
+        if self._side == "input" and getattr(layer, "groups", 1) > 1:
+            return "grouped convolution: its groups could no longer be of one size"
+        if channel_count(layer, self._side) < 2:
+            return "has a single channel"
+        if self._seen is not None and self._seen.executed and name not in self._seen.executed:
+            return "is not used by the forward pass"
+        return None
+
+    def _constrained(self) -> list[Group]:
+        """The groups that the model's graph ties together, but for those with a protected layer in them."""
+        if self._example is None:
+            raise InputError(
+                "constrained masks need the model's graph, and no image of "
+                f"{', '.join(map(str, _IMAGE_SIZES))} pixels could be run through it: give example_inputs="
+            )
+        from .segments import segments  # the whole front end, loaded where a graph is needed
+
+        groups = []
+        for group in tied_groups(segments(self._model, *self._example), self._side, self._layers):
+            guarded = next((name for name in group.members if name in self._protected), None)
+            if guarded is None:
+                groups.append(group)
+            else:
+                reason = f"on one tensor with {guarded}, which {self._protected[guarded]}"
+                self.skipped.update(dict.fromkeys(group.members, reason))
+        return groups
+
+    def _layer_channels(self, picked: Iterable[list[int]]) -> dict[str, Tensor]:
+        """The picked channels of each group, as indices into each layer that has them."""
+        found: dict[str, list[Tensor]] = {}
+        for group, channels in zip(self._groups, picked, strict=True):
+            for name, index in group.members.items():
+                places = index[channels].flatten()
+                found.setdefault(name, []).append(places[places >= 0])
+        masked = {name: torch.cat(parts).unique() for name, parts in found.items()}
+        return {name: channels for name, channels in masked.items() if len(channels)}
+
+    def _zero(self, name: str, channels: Tensor) -> None:
+        """Write the zeros, on the parameters' own storage."""
+        layer = self._layers[name]
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        chosen = torch.zeros(channel_count(layer, self._side), dtype=torch.bool, device=weight.device)
+        chosen[channels.to(weight.device)] = True
+        with torch.no_grad():
+            weight.masked_fill_(entries_of(layer, self._side, chosen), 0)
+            if self._side == "output":
+                rows = [layer.bias]
+                for norm in map(self._norms.__getitem__, self._norms_after(name)):
+                    rows += [norm.weight, norm.bias]
+                for row in rows:
+                    if isinstance(row, Tensor):
+                        row.masked_fill_(chosen.to(row.device), 0)
+
+    def _norms_after(self, name: str) -> list[str]:
+        """Batch norms that read the layer's result and nothing else does in between."""
+        size = channel_count(self._layers[name], "output")
+        if self._seen is not None and name in self._seen.executed:
+            norms: Iterable[str] = sorted(self._seen.norms.get(name, ()))
+        else:
+            norms = self._registered_next(name)
+        return [norm for norm in norms if self._norms[norm].num_features == size]
+
+    def _registered_next(self, name: str) -> list[str]:
+        leaves = [n for n, m in self._model.named_modules() if not any(True for _ in m.children())]
+        after = leaves[leaves.index(name) + 1 :][:1] if name in leaves else []
+        return [n for n in after if n in self._norms]
+
+    def _explain_empty(self) -> str:
+        if not self._layers:
+            return "the model has no convolution, transposed convolution or linear layer to mask"
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in self.skipped.items())
+        return f"no layer can be masked on the {self._side} side ({reasons or 'no layers share a tensor'})"
+
+
+def _checked_model(model: nn.Module) -> nn.Module:
+    """The module whose layers are masked: wrappers of compilation and data parallelism are looked through."""
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model must be an nn.Module, not {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise UnsupportedModelError("a ScriptModule cannot be masked: give the Python model it was made from")
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return _checked_model(model.module)
+    original = getattr(model, "_orig_mod", None)  # torch.compile's wrapper
+    return _checked_model(original) if isinstance(original, nn.Module) else model
+
+
+def _find_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Maskable layers by path, each weight once, in order of registration."""
+    within_attention = {
+        id(child)
+        for module in model.modules()
+        if isinstance(module, nn.MultiheadAttention)
+        for child in module.modules()
+    }
+    layers: dict[str, nn.Module] = {}
+    weights: set[int] = set()
+    for name, module in model.named_modules():
+        if not isinstance(module, LAYERS) or id(module) in within_attention:
+            continue
+        weight = module._parameters.get("weight")  # not module.weight: it may be computed, with side effects
+        if isinstance(weight, nn.UninitializedParameter):
+            raise InputError(f"{name}: a lazy layer has no weight yet; run the model once first")
+        key = id(module if weight is None else weight)
+        if key not in weights:
+            weights.add(key)
+            layers[name] = module
+    return layers
+
+
+def _refuse_computed(name: str, layer: nn.Module, slots: Iterable[str]) -> None:
+    """A weight that is computed anew at every call cannot be zeroed in place."""
+    for slot in slots:
+        if slot in layer._parameters:
+            continue
+        advice = "torch.nn.utils.prune.remove"
+        if parametrize.is_parametrized(layer, slot):
+            advice = "torch.nn.utils.parametrize.remove_parametrizations"
+        raise UnsupportedModelError(
+            f"{name}.{slot} is not a parameter but computed from others (a parametrisation, "
+            f"torch.nn.utils.prune, weight norm), so zeros written to it would be lost. Make it one "
+            f"first, for instance with {advice}."
+        )
+
+
+def _one_of(what: str, value: Any, allowed: tuple[str, ...]) -> Any:
+    if value not in allowed:
+        raise InputError(f"{what} must be one of {', '.join(map(repr, allowed))}, not {value!r}")
+    return value
+
+
+def _checked_amount(amount: Any) -> float:
+    if isinstance(amount, bool) or not isinstance(amount, numbers.Real):
+        raise InputError(f"amount must be a number with 0 <= amount < 1, not {amount!r}")
+    share = float(amount)
+    if not 0 <= share < 1:  # NaN fails this too
+        raise InputError(f"amount must be at least 0 and less than 1, not {amount!r}")
+    return share
+
+
+def _as_call(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, (tuple, list)):
+        return tuple(example_inputs), {}
+    return (example_inputs,), {}
+
+
+def _guessed_inputs(layers: Mapping[str, nn.Module]) -> Iterable[tuple[Tensor]]:
+    """Images (volumes, sequences, vectors) with as many channels as the first layer reads, two to a batch."""
+    first = next(iter(layers.values()), None)
+    if first is None:
+        return
+    channels = channel_count(first, "input")
+    spatial = len(getattr(first, "kernel_size", ()))
+    weight = next(first.parameters())
+    sizes: Iterable[tuple[int, ...]] = [()] if spatial == 0 else [(size,) * spatial for size in _IMAGE_SIZES]
+    if spatial == 3:
+        sizes = [(8, 64, 64), (16, 112, 112), (32, 32, 32)]
+    generator = torch.Generator().manual_seed(0)
+    for size in sizes:
+        example = torch.randn(2, channels, *size, generator=generator)
+        yield (example.to(weight.device, weight.dtype),)

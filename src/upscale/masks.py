@@ -1,0 +1,174 @@
+"""Masks by name: zero channels of a captured program without touching the user's weights."""
+
+from __future__ import annotations
+
+import difflib
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch.fx import Node
+
+from .errors import InputError, UnknownChannelError
+from .flow import Flow
+from .flow.analysis import analyse
+from .flow.constants import support_of
+from .flow.effects import Contract, PerChannel
+from .program import Program
+from .segments import Port, sharing
+
+Named = Iterable[tuple[str, int]]
+
+
+def checked(name: str, pairs: Named | None) -> tuple[tuple[str, int], ...]:
+    """``pairs`` as (parameter name, channel index) with everything else refused."""
+    if pairs is None:
+        return ()
+    found = []
+    for pair in pairs:
+        if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and isinstance(pair[0], str)):
+            raise InputError(f"{name} holds {pair!r}; write (parameter name, channel), e.g. ('layer1.0.conv1.weight', 5)")
+        index = pair[1]
+        if isinstance(index, bool) or not isinstance(index, int):
+            raise InputError(f"{name} holds channel {index!r} of {pair[0]}; a channel is an integer")
+        found.append((pair[0], index))
+    return tuple(found)
+
+
+def zeroed_by_name(program: Program, inputs: Named, outputs: Named) -> tuple[Program, dict[str, torch.Tensor]]:
+    """The program with the named channels zeroed, and per weight where (bool, the weight's shape).
+
+    An output channel is zeroed with its bias and the affine parameters of a batch norm that directly follows.
+
+    Raises:
+        UnknownChannelError: no layer's weight has that name, or it has no such channel.
+    """
+    layers = _layers(program)
+    tensors: dict[str, torch.Tensor] = dict(program.tensors)
+    masks: dict[str, torch.Tensor] = {}
+    for side, pairs in (("input", inputs), ("output", outputs)):
+        chosen: dict[str, set[int]] = defaultdict(set)
+        for name, index in pairs:
+            chosen[name].add(index)
+        for name, channels in chosen.items():
+            node = _find(layers, name)
+            _zero(tensors, masks, name, node, layers[name], side, sorted(channels))
+    return replace(program, tensors=tensors), masks
+
+
+def _layers(program: Program) -> dict[str, tuple[Node, Contract | PerChannel]]:
+    found: dict[str, tuple[Node, Contract | PerChannel]] = {}
+    for node, f in analyse(program).items():
+        if isinstance(f.effect, Contract):
+            found[str(f.effect.weight.target)] = (node, f.effect)
+        elif isinstance(f.effect, PerChannel) and f.effect.groups_arg == "groups":
+            found[str(f.effect.slices[0][0].target)] = (node, f.effect)
+    return found
+
+
+def _find(layers: Mapping[str, tuple[Node, Contract | PerChannel]], name: str) -> Node:
+    if name in layers:
+        return layers[name][0]
+    near = difflib.get_close_matches(name, layers, n=3, cutoff=0.3)
+    hint = f"; the nearest are {', '.join(near)}" if near else ""
+    raise UnknownChannelError(f"no layer's weight is called {name!r}{hint}")
+
+
+def _zero(
+    tensors: dict[str, torch.Tensor],
+    masks: dict[str, torch.Tensor],
+    name: str,
+    node: Node,
+    layer: tuple[Node, Contract | PerChannel],
+    side: str,
+    channels: list[int],
+) -> None:
+    effect = layer[1]
+    weight = tensors[name].detach()
+    out, inner, groups = (effect.weight_out, effect.weight_in, effect.groups) if isinstance(effect, Contract) else (0, None, weight.shape[0])
+    if isinstance(effect, PerChannel):
+        out, inner = 0, 0  # a depthwise convolution: one filter per channel, whichever way it is looked at
+    size = weight.shape[out] if side == "output" else (weight.shape[inner] * (groups if inner == 1 else 1) if inner is not None else 0)
+    for c in channels:
+        if not 0 <= c < size:
+            raise UnknownChannelError(f"{name} has {size} {side} channels (0 to {size - 1}); there is no channel {c}")
+    mask = masks.setdefault(name, torch.zeros(weight.shape, dtype=torch.bool))
+    for c in channels:
+        if side == "output" or isinstance(effect, PerChannel):
+            mask.select(out, c).fill_(True)
+        elif groups > 1 and inner == 1:
+            width, rows = weight.shape[1], weight.shape[0] // groups
+            mask[(c // width) * rows : (c // width + 1) * rows, c % width] = True
+        else:
+            mask.select(int(inner or 0), c).fill_(True)
+    tensors[name] = _replace(tensors[name], mask)
+    if side == "output":
+        _zero_vectors(tensors, node, effect, channels)
+
+
+def _zero_vectors(tensors: dict[str, torch.Tensor], node: Node, effect: Contract | PerChannel, channels: list[int]) -> None:
+    vectors = [effect.bias] if isinstance(effect, Contract) else [p for p, _ in effect.slices[1:]]
+    users = list(node.users)
+    if len(users) == 1 and str(users[0].target) == "aten.batch_norm.default":
+        vectors += [a for a in users[0].args[1:3] if isinstance(a, Node)]
+    for vector in vectors:
+        if vector is not None:
+            old = tensors[str(vector.target)]
+            mask = torch.zeros(old.shape, dtype=torch.bool)
+            mask[channels] = True
+            tensors[str(vector.target)] = _replace(old, mask)
+
+
+def _replace(old: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    new = old.detach().masked_fill(mask.to(old.device), 0.0)
+    return torch.nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, torch.nn.Parameter) else new
+
+
+def grown(program: Program, flow: Flow) -> Program:
+    """Zero more columns until all readers of a shared channel agree: what one of them does not read, none does.
+
+    A channel also goes where one of its producers writes zero. Channels that a barrier or the model output reads stay.
+    """
+    shared = sharing(flow)
+    gone = np.zeros(len(shared.segment), dtype=bool)
+    for port in shared.ports:
+        classes = port.classes[~_used(program, flow, port)]
+        gone[classes[classes >= 0]] = True
+    gone &= ~shared.pinned
+    tensors = dict(program.tensors)
+    for port in shared.ports:
+        if port.side != "input":
+            continue
+        effect = flow.nodes[port.node].effect
+        assert isinstance(effect, Contract) and effect.weight_in is not None
+        mask = torch.from_numpy((port.classes >= 0) & gone[port.classes])
+        if not bool(mask.any()):
+            continue
+        weight = tensors[str(effect.weight.target)]
+        shape = [1] * weight.ndim
+        shape[effect.weight_in] = -1
+        tensors[str(effect.weight.target)] = _replace(weight, mask.view(shape).expand(weight.shape))
+    return replace(program, tensors=tensors)
+
+
+def _used(program: Program, flow: Flow, port: Port) -> np.ndarray:
+    """Which channels of a port its layer uses: columns, or rows and biases, that are not all zero."""
+    effect = flow.nodes[port.node].effect
+    assert isinstance(effect, Contract)
+    support = support_of(program, effect)
+    if port.side == "input":
+        used: np.ndarray = support.used.any(0).numpy()
+        return used
+    constants = flow.constants[_written(port.node)]
+    zero = torch.zeros(len(port.classes), dtype=torch.bool)
+    if constants is not None:
+        zero = constants.known & (constants.value == 0)
+    return ~zero.numpy()
+
+
+def _written(node: Node) -> Node:
+    """The tensor a layer hands on: behind the batch norm that directly follows it, if one does."""
+    users = list(node.users)
+    return users[0] if len(users) == 1 and str(users[0].target) == "aten.batch_norm.default" else node

@@ -1,0 +1,231 @@
+"""From flow to plan: layouts of all stored tensors, the reads of all operators, and what to cut from each weight."""
+
+from __future__ import annotations
+
+import numpy as np
+from torch.fx import Node
+
+from ..errors import InputError
+from ..flow import Flow, FlowNode, Link
+from ..flow.effects import Barrier, Contract, reads_values
+from ..program import where
+from .keep import Kept, decide_kept
+from .model import MODES, Contraction, Layout, Mode, Plan, Read
+from .reads import choose_read
+from .sources import Located, locate
+from .spaces import elements, rank_classes
+
+
+def make_plan(flow: Flow, mode: Mode = "auto", reorder: bool = True) -> Plan:
+    """Plan the smaller program.
+
+    mode: ``auto`` reorders channels and fuses reads; ``gather`` keeps the original order and reads every proper
+    subset by one ``index_select``; ``baseline`` reads it channel by channel (Wan et al. 2023, section 4).
+    ``reorder=False`` keeps the original order in ``auto`` too.
+
+    Raises:
+        InputError: ``mode`` is none of these.
+    """
+    if mode not in MODES:
+        raise InputError(f"reads={mode!r}: choose one of {', '.join(map(repr, MODES))}")
+    kept = decide_kept(flow, fuse=mode == "auto", hoist=mode == "auto")
+    return _Builder(flow, kept, mode, reorder and mode == "auto").run()
+
+
+class _Builder:
+    def __init__(self, flow: Flow, kept: Kept, mode: Mode, reorder: bool) -> None:
+        self.flow, self.kept, self.mode = flow, kept, mode
+        self.rank = rank_classes(flow, kept, reorder)
+        self.positions: dict[Node, np.ndarray] = {}  # layout of every stored tensor
+        self.physical: dict[Node, np.ndarray] = {}  # original position -> place in the layout
+        self.reads: dict[str, dict[str, Read]] = {}
+        self.contractions: dict[str, Contraction] = {}
+        self.constants: dict[str, dict[str, tuple[float, ...]]] = {}
+
+    def run(self) -> Plan:
+        for node in self.kept.stored:
+            self._lay_out(node)
+        for node, f in self.flow.nodes.items():
+            if node in self.flow.used and node not in self.kept.virtual:
+                self._plan_node(node, f)
+        layouts = {n.name: self._layout(n) for n in self.kept.stored}
+        virtual = tuple(n.name for n in self.flow.nodes if n in self.kept.virtual)
+        dead = tuple(n.name for n in self.flow.nodes if n not in self.flow.used and n.op == "call_function")
+        return Plan(
+            self.mode, layouts, self.reads, self.contractions, self.constants, virtual, dead, self._barriers()
+        )
+
+    # -- layouts ------------------------------------------------------------------------------------------------
+
+    def _lay_out(self, node: Node) -> None:
+        f = self.flow.nodes[node]
+        assert f.channels is not None
+        if node in self.kept.forced:
+            positions = np.arange(f.channels.size)
+        elif f.merge != (1, 1):
+            positions = self._merged(node, f)
+        else:
+            units = f.channels.units
+            mine = np.flatnonzero(self.kept.kept[node][units])
+            positions = mine[np.lexsort((mine, self.rank[self.kept.order[node][units[mine]]]))]
+        self.positions[node] = positions
+        self.physical[node] = np.full(f.channels.size, -1)
+        self.physical[node][positions] = np.arange(len(positions))
+
+    def _merged(self, node: Node, f: FlowNode) -> np.ndarray:
+        """The operand's channels in order, each as often as merging repeats it."""
+        assert f.channels is not None
+        outer, inner = f.merge
+        count = f.channels.unit_count
+        units = np.flatnonzero(self.kept.kept[node])
+        units = units[np.argsort(self.rank[self.kept.order[node][units]], kind="stable")]
+        grid = np.arange(outer)[:, None, None] * count + units[None, :, None]
+        return (grid * inner + np.arange(inner)).reshape(-1)
+
+    def _layout(self, node: Node) -> Layout:
+        channels = self.flow.nodes[node].channels
+        assert channels is not None
+        return Layout(channels.dim, channels.size, tuple(self.positions[node].tolist()))
+
+    # -- reads --------------------------------------------------------------------------------------------------
+
+    def _plan_node(self, node: Node, f: FlowNode) -> None:
+        if isinstance(f.effect, Contract) and f.kind == "fresh":
+            self._contraction(node, f, f.effect)
+        elif f.kind in ("transit", "concat", "list"):
+            for link in f.links:
+                if (node, link.operand) in self.flow.replaced:
+                    self._replace(node, link)
+                else:
+                    self._read(node, link, self._link_positions(f, link))
+        for operand, ordered in f.whole:
+            self._read_whole(node, operand, ordered)
+        if f.kind in ("opaque", "barrier") and not reads_values(node):
+            for n in node.all_input_nodes:  # only the size of a tensor that is never stored: one channel will do
+                if n in self.kept.virtual:
+                    link = Link(n, self._dim(n), np.arange(len(self.flow.live[n])))
+                    self._read(node, link, np.flatnonzero(self.flow.live[n])[:1])
+        elif f.kind in ("opaque", "barrier"):
+            for n in node.all_input_nodes:
+                if self.flow.nodes[n].channels is not None and self.flow.nodes[n].kind != "list":
+                    self._read_whole(node, n, ordered=not isinstance(f.effect, Barrier) or f.effect.ordered)
+
+    def _dim(self, node: Node) -> int:
+        channels = self.flow.nodes[node].channels
+        assert channels is not None
+        return channels.dim
+
+    def _link_positions(self, f: FlowNode, link: Link) -> np.ndarray:
+        positions = self.positions[f.node]
+        if f.merge != (1, 1):  # the operand is read once; the movement itself repeats its channels
+            units = self.flow.nodes[f.node].channels.units[positions]  # type: ignore[union-attr]
+            _, first = np.unique(units, return_index=True)
+            return np.asarray(units[np.sort(first)])
+        return positions if f.kind == "concat" else link.positions[positions]
+
+    def _read(self, node: Node, link: Link, positions: np.ndarray) -> None:
+        """Plan how ``node`` gets ``positions`` of a link's operand (for a concatenation: of its own channels)."""
+        f = self.flow.nodes[node]
+        if f.kind == "concat":
+            if link is not f.links[0]:
+                return  # one read serves the whole concatenation, filed under its first operand
+            whole = Link(node, link.dim, np.arange(len(f.links[0].positions)))
+            place = locate(self.flow, self.kept.virtual | {node}, whole, positions)
+        else:
+            place = locate(self.flow, self.kept.virtual, link, positions)
+        self._file(node, link, self._choose(node, link, place))
+
+    def _choose(self, node: Node, link: Link, place: Located) -> Read:
+        indices = place.position.copy()
+        sizes = []
+        for i, source in enumerate(place.tensors):
+            here = place.which == i
+            if source in self.physical and not (link.anchored and source is link.operand):
+                indices[here] = self.physical[source][place.position[here]]
+                sizes.append(len(self.positions[source]))
+            else:
+                sizes.append(self._full_size(source, link.dim))
+        if not place.tensors:  # constants only: any tensor behind the link gives them their shape
+            base = self._stored_behind(link)
+            place = Located((base,), place.which, place.position, place.fill)
+            sizes = [0]
+        names = tuple(s.name for s in place.tensors)
+        kind, pieces = choose_read(names, sizes, place.which, indices, place.fill, self.mode, elements(link.operand))
+        return Read(node.name, link.operand.name, link.dim, kind, pieces)
+
+    def _stored_behind(self, link: Link) -> Node:
+        node = link.operand
+        while node in self.kept.virtual or self.flow.nodes[node].kind == "concat":
+            node = self.flow.nodes[node].links[0].operand
+        return node
+
+    def _full_size(self, node: Node, dim: int) -> int:
+        return int(node.meta["val"].shape[dim])
+
+    def _file(self, node: Node, link: Link, read: Read) -> None:
+        self.reads.setdefault(node.name, {})[link.operand.name] = read
+
+    def _read_whole(self, node: Node, operand: Node, ordered: bool) -> None:
+        """All channels of ``operand``; a tensor that stands whole and in order needs nothing."""
+        f = self.flow.nodes[operand]
+        assert f.channels is not None
+        if any(link.operand is operand for link in self.flow.nodes[node].links):
+            return  # read as a link already; a mixing operator takes them all
+        if operand in self.positions and (not ordered or operand in self.kept.forced):
+            return
+        if self.flow.nodes[operand].kind == "list":
+            return
+        link = Link(operand, f.channels.dim, np.arange(f.channels.size))
+        self._file(node, link, self._choose(node, link, locate(self.flow, self.kept.virtual, link, link.positions)))
+
+    def _replace(self, node: Node, link: Link) -> None:
+        constants = self.flow.constants[link.operand]
+        assert constants is not None
+        place = link.positions[self.positions[node]]
+        self.constants.setdefault(node.name, {})[link.operand.name] = tuple(
+            float(v) for v in constants.value.double().numpy()[place]
+        )
+
+    # -- contractions -------------------------------------------------------------------------------------------
+
+    def _contraction(self, node: Node, f: FlowNode, effect: Contract) -> None:
+        demand, rows = self.flow.demands[node], self.positions[node]
+        columns: tuple[int, ...] | None = None
+        if effect.operand is not None:
+            link = f.links[0]
+            wanted = np.flatnonzero(demand.inputs)
+            if not f.pinned:
+                wanted = self._as_stored(link, wanted)
+            self._read(node, link, link.positions[wanted])
+            columns = None if effect.groups > 1 else tuple(wanted.tolist())
+        self.contractions[node.name] = Contraction(
+            tuple(rows.tolist()),
+            columns,
+            tuple(np.flatnonzero(demand.constant).tolist()),
+            tuple(demand.delta.tolist()) if bool(demand.delta.any()) else (),
+            demand.absorber.name if demand.absorber is not None else None,
+        )
+
+    def _as_stored(self, link: Link, wanted: np.ndarray) -> np.ndarray:
+        """A contraction takes its inputs in any order: in that in which they are stored."""
+        place = locate(self.flow, self.kept.virtual, link, link.positions[wanted])
+        keys = place.position.copy()
+        first = np.full(len(place.tensors) + 1, len(wanted))
+        for i, source in enumerate(place.tensors):
+            here = place.which == i
+            first[i] = int(np.flatnonzero(here)[0])
+            if source in self.physical and not (link.anchored and source is link.operand):
+                keys[here] = self.physical[source][place.position[here]]
+        sources = first[place.which]
+        if self.mode != "auto":
+            return wanted
+        return wanted[np.lexsort((keys, sources))]
+
+    # -- report -------------------------------------------------------------------------------------------------
+
+    def _barriers(self) -> tuple[tuple[str, str, str], ...]:
+        return tuple(
+            (where(n), str(n.target), f.effect.reason)
+            for n, f in self.flow.nodes.items()
+            if isinstance(f.effect, Barrier) and not f.effect.silent and f.whole and n in self.flow.used
+        )

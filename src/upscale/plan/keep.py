@@ -1,0 +1,192 @@
+"""Which channels every stored tensor keeps, and which tensors must agree about it.
+
+Two relations tie channels of different tensors: *order* (they pair somewhere, so they stand in the same order
+everywhere) and *keep* (they pair in an operator that cannot read a subset cheaply, so they stay or go together).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from torch.fx import Node
+
+from ..flow import Flow, FlowNode, Link
+from ..flow.effects import Contract, Mixing, reads_values
+from .sources import choose_virtual, locate
+from .union import DisjointSets
+
+
+@dataclass(frozen=True)
+class Kept:
+    """``order[n]``/``units[n]``: the order class and the kept flag of every unit of stored tensor ``n``."""
+
+    virtual: frozenset[Node]
+    stored: tuple[Node, ...]
+    order: dict[Node, np.ndarray]
+    kept: dict[Node, np.ndarray]
+    forced: frozenset[Node]  # all channels, in the original order
+    hoisted: frozenset[Node]  # transits that read a subset of their operand
+
+
+def decide_kept(flow: Flow, fuse: bool, hoist: bool) -> Kept:
+    """Close liveness under everything that ties tensors together."""
+    return _Decision(flow, fuse, hoist).run()
+
+
+class _Decision:
+    def __init__(self, flow: Flow, fuse: bool, hoist: bool) -> None:
+        self.flow = flow
+        self.hoist = hoist
+        self.virtual = choose_virtual(flow, fuse)
+        self.stored = [
+            n for n, f in flow.nodes.items() if f.channels is not None and n in flow.used and n not in self.virtual
+        ]
+        self.base: dict[Node, int] = {}
+        total = 0
+        for n in self.stored:
+            self.base[n] = total
+            total += self._channels(n).unit_count
+        self.order, self.ties = DisjointSets(total), DisjointSets(total)
+        self.forced: set[Node] = set()
+        self.hoisted: set[Node] = set()
+        self.wants: dict[Node, list[np.ndarray | None]] = {n: [] for n in self.stored}  # None: whatever it keeps
+
+    def _channels(self, node: Node):  # type: ignore[no-untyped-def]
+        return self.flow.nodes[node].channels
+
+    def run(self) -> Kept:
+        for node, f in reversed(self.flow.nodes.items()):
+            if node not in self.flow.used:
+                continue
+            if node in self.virtual:
+                continue
+            self._whole(f)
+            if f.kind == "fresh":
+                self._contract(f)
+            elif f.kind in ("transit", "list"):
+                self._transit(f)
+            elif f.kind == "concat":
+                for link in f.links:
+                    self._want(link, self.flow.live[node], tie=False, reader=f)
+        return self._result()
+
+    # -- readers ------------------------------------------------------------------------------------------------
+
+    def _whole(self, f: FlowNode) -> None:
+        """Operands needed whole, in order, keep everything where it is (and what a selection of them stands for)."""
+        if f.pinned and f.node in self.base:
+            self.forced.add(f.node)
+        for operand, ordered in f.whole:
+            if operand in self.base:
+                self.wants[operand].append(None)
+                if ordered:
+                    self.forced.add(operand)
+            elif operand in self.virtual and (channels := self._channels(operand)) is not None:
+                link = Link(operand, channels.dim, np.arange(channels.size))
+                self._want(link, np.ones(channels.size, dtype=bool), tie=False, reader=f)
+        if f.kind in ("opaque", "barrier") and reads_values(f.node):
+            for n in set(f.node.all_input_nodes) - {operand for operand, _ in f.whole}:
+                if n in self.base:
+                    self.wants[n].append(None)
+                    self.forced.add(n)
+
+    def _contract(self, f: FlowNode) -> None:
+        assert isinstance(f.effect, Contract)
+        for link in f.links:
+            self._want(link, self.flow.demands[f.node].inputs, tie=False, reader=None)
+            if f.pinned and not link.anchored and link.operand in self.base:
+                self.forced.add(link.operand)  # it reads everything, in order
+
+    def _transit(self, f: FlowNode) -> None:
+        node, live = f.node, self.flow.live[f.node]
+        links = [k for k in f.links if (node, k.operand) not in self.flow.replaced]
+        if self._can_hoist(f, links):
+            self.hoisted.add(node)
+            self._want(links[0], live, tie=False, reader=f)
+            return
+        for link in links:
+            self._want(link, np.ones(len(live), dtype=bool), tie=True, reader=f)
+
+    def _can_hoist(self, f: FlowNode, links: list[Link]) -> bool:
+        """A transit reads just what its readers read, where they all read the same: their reads become whole."""
+        if not self.hoist or f.pinned or len(links) != 1 or links[0].anchored or f.merge != (1, 1):
+            return False
+        if isinstance(f.effect, Mixing) or f.whole or f.kind == "list" or f.node in self.forced:
+            return False
+        if self.flow.nodes[links[0].operand].kind == "list":
+            return False
+        if self._channels(f.node).unit_count != len(self.flow.live[f.node]):
+            return False
+        live, wants = self.flow.live[f.node], self.wants[f.node]
+        return bool(wants) and all(w is not None and np.array_equal(w, live) for w in wants)
+
+    def _want(self, link: Link, wanted: np.ndarray, tie: bool, reader: FlowNode | None) -> None:
+        """Record that positions ``wanted`` (of the reader's side) of a link are read; ``tie``: all that is kept."""
+        mine = np.flatnonzero(wanted & (link.positions >= 0))
+        found = locate(self.flow, self.virtual, link, link.positions[mine])
+        for i, source in enumerate(found.tensors):
+            if source not in self.base or (link.anchored and source is link.operand):
+                continue
+            here = found.which == i
+            if tie:
+                self.wants[source].append(None)
+            else:
+                want = np.zeros(self._channels(source).size, dtype=bool)
+                want[found.position[here]] = True
+                self.wants[source].append(want)
+            if reader is None or reader.node not in self.base:
+                continue
+            ours = self._slots(reader.node, mine[here])
+            theirs = self._slots(source, found.position[here])
+            self.order.join(ours, theirs)
+            if tie:
+                self.ties.join(ours, theirs)
+
+    def _slots(self, node: Node, positions: np.ndarray) -> np.ndarray:
+        slots: np.ndarray = self.base[node] + self._channels(node).units[positions]
+        return slots
+
+    # -- result -------------------------------------------------------------------------------------------------
+
+    def _result(self) -> Kept:
+        flags = np.zeros(len(self.ties.parent), dtype=bool)
+        for n in self.stored:
+            flags[self._slots(n, np.flatnonzero(self.flow.live[n]))] = True
+            if n in self.forced:
+                flags[self._slots(n, np.arange(self._channels(n).size))] = True
+        self._spread(flags)
+        roots, order = self.ties.roots(), self.order.roots()
+        count = {n: self._channels(n).unit_count for n in self.stored}
+        return Kept(
+            self.virtual,
+            tuple(self.stored),
+            {n: order[self.base[n] : self.base[n] + count[n]] for n in self.stored},
+            {n: flags[roots[self.base[n] : self.base[n] + count[n]]] for n in self.stored},
+            frozenset(self.forced),
+            frozenset(self.hoisted),
+        )
+
+    def _spread(self, flags: np.ndarray) -> None:
+        """Kept by one of a tied set: kept by all; and what a hoisted read or a concatenation takes must be there."""
+        roots = self.ties.roots()
+        while True:
+            before = int(flags.sum())
+            np.maximum.at(flags, roots, flags)
+            flags |= flags[roots]
+            for node in self.stored:
+                f = self.flow.nodes[node]
+                if node in self.hoisted or f.kind == "concat":
+                    units = np.flatnonzero(flags[self.base[node] : self.base[node] + self._channels(node).unit_count])
+                    mine = np.isin(self._channels(node).units, units)
+                    for link in f.links:
+                        self._need(link, mine, flags)
+            if int(flags.sum()) == before:
+                return
+
+    def _need(self, link: Link, wanted: np.ndarray, flags: np.ndarray) -> None:
+        mine = np.flatnonzero(wanted & (link.positions >= 0))
+        found = locate(self.flow, self.virtual, link, link.positions[mine])
+        for i, source in enumerate(found.tensors):
+            if source in self.base and not link.anchored:
+                flags[self._slots(source, found.position[found.which == i])] = True

@@ -1,0 +1,116 @@
+"""The plan: which channels every tensor keeps, in which order, and how every operator reads them.
+
+Plain data - names, numbers and tuples. No torch module, no graph: it can be printed, compared, saved and tested
+without a network.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+Mode = Literal["auto", "gather", "baseline"]
+MODES: tuple[Mode, ...] = ("auto", "gather", "baseline")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The channels one tensor holds: original positions along ``dim``, in the order they stand there.
+
+    ``size`` is the original number of positions.
+    """
+
+    dim: int
+    size: int
+    positions: tuple[int, ...]
+
+    @property
+    def is_whole(self) -> bool:
+        return self.positions == tuple(range(self.size))
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Channels ``indices`` (of the source as it then stands) or, without a source, as many channels of ``fill``."""
+
+    source: str | None
+    indices: tuple[int, ...]
+    fill: float = 0.0
+
+
+@dataclass(frozen=True)
+class Read:
+    """How ``reader`` gets the channels it wants of ``operand``.
+
+    kind: ``whole`` (the tensor as it is), ``view`` (one contiguous slice), ``gather`` (one index_select),
+    ``concat`` (several slices one after the other), ``channelwise`` (channel by channel, the paper's baseline),
+    ``collect`` (sources joined, then one index_select).
+    """
+
+    reader: str
+    operand: str
+    dim: int
+    kind: str
+    pieces: tuple[Piece, ...]
+
+    @property
+    def copies(self) -> bool:
+        return self.kind not in ("whole", "view")
+
+
+@dataclass(frozen=True)
+class Contraction:
+    """What becomes of one layer's weight: rows and columns kept (original indices, in order), rows emitted as zero,
+    and what folded constants add to the bias (or to ``absorber``'s running mean, negated)."""
+
+    rows: tuple[int, ...]
+    columns: tuple[int, ...] | None  # None: all (no inputs, or grouped)
+    zero_rows: tuple[int, ...]
+    delta: tuple[float, ...]
+    absorber: str | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything lowering needs to know. Keys are node names of the captured graph."""
+
+    mode: Mode
+    layouts: dict[str, Layout] = field(default_factory=dict)
+    reads: dict[str, dict[str, Read]] = field(default_factory=dict)  # reader -> operand -> read
+    contractions: dict[str, Contraction] = field(default_factory=dict)
+    constants: dict[str, dict[str, tuple[float, ...]]] = field(default_factory=dict)  # reader -> operand -> values
+    virtual: tuple[str, ...] = ()  # nodes that are never executed: their readers read through them
+    dead: tuple[str, ...] = ()  # nodes whose result nobody needs
+    barriers: tuple[tuple[str, str, str], ...] = ()  # (where, operator, reason)
+
+    def read_counts(self) -> Counter[str]:
+        return Counter(read.kind for by_operand in self.reads.values() for read in by_operand.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as nested dicts, lists and numbers, ready for ``json.dumps``."""
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> Plan:
+        """Inverse of :meth:`to_dict`, also after a round trip through JSON."""
+        return Plan(
+            mode=data["mode"],
+            layouts={k: Layout(v["dim"], v["size"], tuple(v["positions"])) for k, v in data["layouts"].items()},
+            reads={r: {o: _read(v) for o, v in by.items()} for r, by in data["reads"].items()},
+            contractions={k: _contraction(v) for k, v in data["contractions"].items()},
+            constants={r: {o: tuple(v) for o, v in by.items()} for r, by in data["constants"].items()},
+            virtual=tuple(data["virtual"]),
+            dead=tuple(data["dead"]),
+            barriers=tuple(tuple(b) for b in data["barriers"]),
+        )
+
+
+def _read(v: dict[str, Any]) -> Read:
+    pieces = tuple(Piece(p["source"], tuple(p["indices"]), p["fill"]) for p in v["pieces"])
+    return Read(v["reader"], v["operand"], v["dim"], v["kind"], pieces)
+
+
+def _contraction(v: dict[str, Any]) -> Contraction:
+    columns = None if v["columns"] is None else tuple(v["columns"])
+    return Contraction(tuple(v["rows"]), columns, tuple(v["zero_rows"]), tuple(v["delta"]), v["absorber"])

@@ -1,0 +1,124 @@
+"""Spaces: channels that are ordered together, split into blocks that stay contiguous, and a rank for each channel."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import numpy as np
+from torch.fx import Node
+
+from ..flow import Flow
+from .keep import Kept
+from .order import Wish, order_block
+from .sources import locate
+
+
+@dataclass(frozen=True)
+class Demanded:
+    """One read of a proper subset, as a flag per order class, and how many elements a copy of it would move."""
+
+    wanted: np.ndarray
+    cost: float
+
+
+def rank_classes(flow: Flow, kept: Kept, reorder: bool) -> np.ndarray:
+    """A rank per order class: stored tensors list their channels by increasing rank.
+
+    Without ``reorder``, or where somebody needs the original order, ranks follow it.
+    """
+    total = 1 + max((int(o.max()) for o in kept.order.values() if len(o)), default=0)
+    rank = np.full(total, -1, dtype=np.int64)
+    count = 0
+    fixed = _fixed_classes(kept, total)
+    demands = _demands(flow, kept, total) if reorder else []
+    for classes in _blocks(flow, kept):
+        present = classes
+        if reorder and not fixed[classes].any():
+            present = _ordered(classes, demands)
+        rank[present] = np.arange(count, count + len(present))
+        count += len(present)
+    return rank
+
+
+def _fixed_classes(kept: Kept, total: int) -> np.ndarray:
+    fixed = np.zeros(total, dtype=bool)
+    for n in kept.forced:
+        if n in kept.order:
+            fixed[kept.order[n]] = True
+    return fixed
+
+
+def _blocks(flow: Flow, kept: Kept) -> list[np.ndarray]:
+    """Kept classes grouped by the set of source tensors they stem from, in original order.
+
+    Sources are contractions, parameters and concatenations' fills: all places where channels begin. Keeping such a
+    group together keeps every concatenated producer contiguous.
+    """
+    signature: dict[int, list[int]] = defaultdict(list)
+    first: dict[int, tuple[int, int]] = {}
+    by_size = sorted(kept.stored, key=lambda n: -len(kept.order[n]))
+    for index, node in enumerate(by_size):
+        classes = kept.order[node]
+        for position, c in enumerate(classes.tolist()):
+            first.setdefault(c, (index, position))
+    for index, node in enumerate(kept.stored):
+        if flow.nodes[node].kind in ("fresh", "concat"):
+            for c in set(kept.order[node].tolist()):
+                signature[c].append(index)
+    alive = np.zeros(1 + max(first, default=0), dtype=bool)
+    for node in kept.stored:
+        alive[kept.order[node][kept.kept[node]]] = True
+    groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for c in sorted(first, key=first.__getitem__):
+        if alive[c]:
+            groups[tuple(signature.get(c, ()))].append(c)
+    return [np.array(g) for g in groups.values()]
+
+
+def _ordered(classes: np.ndarray, demands: list[Demanded]) -> np.ndarray:
+    wishes = []
+    for d in demands:
+        wanted = d.wanted[classes]
+        if wanted.any() and not wanted.all():
+            wishes.append(Wish(wanted, d.cost))
+    return classes[order_block(len(classes), wishes)]
+
+
+def _demands(flow: Flow, kept: Kept, total: int) -> list[Demanded]:
+    """Reads of contractions and of hoisted transits."""
+    found = []
+    for node, f in flow.nodes.items():
+        if node not in flow.used or node in kept.virtual:
+            continue
+        if f.kind == "fresh" and f.links and not f.pinned:
+            wanted = flow.demands[node].inputs
+        elif node in kept.hoisted:
+            wanted = flow.live[node]
+        else:
+            continue
+        link = f.links[0]
+        if link.anchored:
+            continue
+        place = locate(flow, kept.virtual, link, link.positions[wanted])
+        flags = np.zeros(total, dtype=bool)
+        for i, source in enumerate(place.tensors):
+            if source in kept.order:
+                units = _units(flow, source)[place.position[place.which == i]]
+                flags[kept.order[source][units]] = True
+        if flags.any():
+            found.append(Demanded(flags, elements(link.operand) * int(wanted.sum())))
+    return found
+
+
+def _units(flow: Flow, node: Node) -> np.ndarray:
+    channels = flow.nodes[node].channels
+    assert channels is not None
+    return channels.units
+
+
+def elements(node: Node) -> float:
+    """Elements of one channel of one example: everything but the largest-stride dimensions (batch and channel)."""
+    val = node.meta.get("val")
+    sizes = [s.node.hint if hasattr(s, "node") else int(s) for s in val.shape] if val is not None else []
+    return float(np.prod(sizes[2:])) if len(sizes) > 2 else 1.0

@@ -1,0 +1,102 @@
+"""The one intermediate form of the whole compiler: a functional ATen graph and the tensors it names.
+
+``capture`` makes a :class:`Program` of a module, ``lower`` makes a smaller one of it, ``raising`` turns either into an
+ordinary ``torch.fx.GraphModule``. A lowered program has exactly the format of a captured one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+if TYPE_CHECKING:
+    from upscale.signature import Signature
+
+_FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)\n\s*(.*)')
+
+
+@dataclass(frozen=True)
+class Program:
+    """A model as data.
+
+    ``graph`` holds functional ATen calls only: ``placeholder`` (one per tensor input, in call order), ``get_attr`` (one
+    per tensor used; the target is its name in ``tensors``), ``call_function``, and an ``output`` whose argument is the
+    flat tuple of the model's output leaves. No call writes to its arguments, but for writes to a buffer, which are
+    kept in place. ``tensors`` of a captured program share the user's storage and must never be written to.
+    """
+
+    graph: fx.Graph
+    tensors: Mapping[str, torch.Tensor]
+    kinds: Mapping[str, str]  # "parameter", "buffer" or "constant" (not in the state dict)
+    signature: Signature
+    modules: Mapping[str, torch.nn.Module]  # the user's modules by path, "" is the root: read only
+    inputs: tuple[torch.Tensor, ...]
+    notes: tuple[str, ...] = ()
+    seconds: float = 0.0  # spent in torch.export itself
+    # Tensors of executed modules that the graph does not read (``num_batches_tracked``): they stay in the state dict.
+    spare: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+
+def run(program: Program, inputs: Sequence[torch.Tensor]) -> tuple[Any, ...]:
+    """Compute the flat outputs of ``program``; a value is freed after its last use. Gradients are not recorded."""
+    with torch.no_grad():
+        return interpret(program.graph, program.tensors, inputs)
+
+
+def interpret(
+    graph: fx.Graph, tensors: Mapping[str, torch.Tensor], inputs: Sequence[torch.Tensor]
+) -> tuple[Any, ...]:
+    """Run ``graph`` node by node; ``inputs`` are its placeholders in order."""
+    last_use: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        for used in node.all_input_nodes:
+            last_use[used] = node
+    dying: dict[fx.Node, list[fx.Node]] = {}
+    for used, node in last_use.items():
+        dying.setdefault(node, []).append(used)
+    values: dict[fx.Node, Any] = {}
+    feed = iter(inputs)
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            values[node] = next(feed)
+        elif node.op == "get_attr":
+            values[node] = tensors[node.target]
+        elif node.op == "call_function":
+            args = fx.node.map_arg(node.args, values.__getitem__)
+            kwargs = fx.node.map_arg(node.kwargs, values.__getitem__)
+            values[node] = node.target(*args, **kwargs)
+        elif node.op == "output":
+            return tuple(fx.node.map_arg(node.args[0], values.__getitem__))
+        for used in dying.get(node, ()):
+            del values[used]
+        if not node.users:
+            values.pop(node, None)
+    raise ValueError("the graph has no output node")
+
+
+def module_path(node: fx.Node) -> str:
+    """Path of the innermost module whose ``forward`` made ``node`` ("" is the root)."""
+    for entry in reversed((node.meta.get("nn_module_stack") or {}).values()):
+        if isinstance(entry, tuple) and isinstance(entry[0], str):
+            return entry[0]
+    return ""
+
+
+def where(node: fx.Node) -> str:
+    """Where in the user's model ``node`` comes from, for messages: module path, class and source line."""
+    stack = [e for e in (node.meta.get("nn_module_stack") or {}).values() if isinstance(e, tuple)]
+    path, kind = (stack[-1][0] or "model", stack[-1][1]) if stack else ("model", "")
+    kind = kind if isinstance(kind, str) else getattr(kind, "__name__", "")
+    kind = kind.rsplit(".", 1)[-1]
+    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    # torch's own frames say nothing to the user: take the innermost frame outside torch.
+    own = [f for f in frames if "/torch/" not in f[0].replace("\\", "/")] or frames
+    if not own:
+        return f"{path} ({kind})" if kind else path
+    file, line, function, code = own[-1]
+    return f"{path} ({kind}.{function}, {file}:{line}: {code.strip()})"

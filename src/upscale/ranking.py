@@ -1,0 +1,115 @@
+"""Which channels matter least: scores by magnitude, and the choice of the lowest ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .channels import Side, channel_count, per_channel
+from .errors import InputError, NonFiniteError
+
+__all__ = ["Group", "Heuristic", "group_scores", "pick", "pick_globally", "scores_of"]
+
+Heuristic = str | Callable[[Tensor], Tensor]
+
+
+@dataclass
+class Group:
+    """Channels that are masked together, and where each of them is found.
+
+    ``members``: for each layer, an int64 index tensor of shape (size,) or (size, k): the places of each of
+    the group's channels in that layer, -1 for none.
+    """
+
+    members: dict[str, Tensor]
+    size: int
+
+
+def scores_of(name: str, layer: nn.Module, side: Side, heuristic: Heuristic) -> Tensor:
+    """One score a channel of ``side``: float64, on the CPU. See :meth:`MaskingManager.importance`."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    weight = weight.detach()
+    if weight.dtype in (torch.float16, torch.bfloat16):
+        weight = weight.float()  # sums of squares need the range
+    if not bool(torch.isfinite(weight).all()):
+        raise NonFiniteError(f"{name}.weight holds NaN or infinite values: its channels cannot be ranked")
+    if heuristic == "l1":
+        scores = per_channel(layer, side, weight.abs())
+    elif heuristic == "l2":
+        scores = per_channel(layer, side, weight.square()).sqrt()
+    else:
+        assert callable(heuristic)
+        scores = _called(name, layer, side, heuristic)
+    if not bool(torch.isfinite(scores).all()):
+        raise NonFiniteError(f"{name}: the heuristic gave NaN or infinite scores")
+    return scores.double().cpu()
+
+
+def _called(name: str, layer: nn.Module, side: Side, heuristic: Callable[[Tensor], Any]) -> Tensor:
+    """What a user's heuristic returns, as one score a channel."""
+    weight, channels = layer.weight, channel_count(layer, side)
+    assert isinstance(weight, Tensor)
+    scores = heuristic(weight.detach().clone())
+    if isinstance(scores, Tensor) and scores.shape == weight.shape:
+        return per_channel(layer, side, scores.detach().double())
+    if isinstance(scores, Tensor) and scores.shape == (channels,):
+        return scores.detach()
+    got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+    raise InputError(
+        f"{name}: a heuristic returns a tensor of shape {tuple(weight.shape)} or ({channels},), not {got}"
+    )
+
+
+def group_scores(group: Group, scores: Mapping[str, Tensor]) -> Tensor:
+    """Score of each of the group's channels: the sum over all places where it is found."""
+    total = torch.zeros(group.size, dtype=torch.float64)
+    for name, index in group.members.items():
+        places = index.reshape(group.size, -1)
+        total += (scores[name][places.clamp(min=0)] * (places >= 0)).sum(dim=1)
+    return total
+
+
+def pick_globally(groups: list[Group], scores: list[Tensor], share: float) -> list[list[int]]:
+    """Rank the channels of all groups together, each group's scores divided by their root mean square."""
+    normalised = []
+    for score in scores:
+        scale = score.square().mean().sqrt()
+        normalised.append(score / scale if scale > 0 else score)
+    return pick(list(zip(groups, normalised, strict=True)), share)
+
+
+def pick(ranked: list[tuple[Group, Tensor]], share: float) -> list[list[int]]:
+    """The lowest ``floor(share * channels)`` channels of these groups together, one list of channels a group.
+
+    A channel that is the last one of some layer is passed over, and the next one taken instead.
+    """
+    owners = [(g, c) for g, (group, _) in enumerate(ranked) for c in range(group.size)]
+    order = torch.sort(torch.cat([score for _, score in ranked]), stable=True).indices.tolist()
+    wanted = math.floor(share * len(owners) + 1e-9)  # 0.29 * 100 is 28.999...
+    left = [{name: _places(index) for name, index in group.members.items()} for group, _ in ranked]
+    remaining = [{name: int((count > 0).sum()) for name, count in counts.items()} for counts in left]
+    picked: list[list[int]] = [[] for _ in ranked]
+    taken = 0
+    for position in order:
+        if taken == wanted:
+            break
+        g, channel = owners[position]
+        touched = [name for name, count in left[g].items() if count[channel] > 0]
+        if any(remaining[g][name] <= 1 for name in touched):
+            continue
+        for name in touched:
+            remaining[g][name] -= 1
+        picked[g].append(channel)
+        taken += 1
+    return picked
+
+
+def _places(index: Tensor) -> Tensor:
+    """In how many places of a layer each of the group's channels is found."""
+    return (index.reshape(len(index), -1) >= 0).sum(dim=1)

@@ -1,0 +1,181 @@
+"""What was done to a model, as data and as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from io import StringIO
+from math import prod
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.fx import Node
+
+from .flow import Flow
+from .flow.effects import Contract, PerChannel
+from .plan import Plan
+from .program import Program, module_path
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One layer with a weight: channels in and out, parameters and FLOPs per example, before and after."""
+
+    name: str
+    kind: str
+    inputs: tuple[int, int]
+    outputs: tuple[int, int]
+    parameters: tuple[int, int]
+    flops: tuple[int, int]
+    read: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """Before and after of one export.
+
+    ``flops`` counts two operations per multiply-add of convolutions and linear layers, for one example.
+    ``reads`` counts how readers get their channels. ``barriers`` are operators whose channels could not be touched, as
+    (where, operator, reason). ``seconds`` gives the time of every stage. Pickles as its text, so that a pickled model
+    needs nothing of this library.
+    """
+
+    parameters: tuple[int, int]
+    flops: tuple[int, int]
+    layers: tuple[LayerRow, ...]
+    reads: dict[str, int]
+    barriers: tuple[tuple[str, str, str], ...]
+    notes: tuple[str, ...]
+    removed: tuple[str, ...]
+    seconds: dict[str, float]
+    error: float | None = None
+    batches: tuple[int, ...] = ()
+    plan: Plan | None = field(default=None, repr=False, compare=False)
+
+    def __str__(self) -> str:
+        return self.render(width=110)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (str, (str(self),))
+
+    def __deepcopy__(self, memo: Any) -> Report:
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the plan as plain data."""
+        data = {k: v for k, v in self.__dict__.items() if k not in ("plan", "layers")}
+        return data | {"layers": [asdict(row) for row in self.layers]}
+
+    def render(self, width: int = 110) -> str:
+        """The report as text, ``width`` characters wide."""
+        buffer = StringIO()
+        console = Console(file=buffer, width=width, highlight=False)
+        console.print(self._table())
+        console.print(self._summary())
+        return buffer.getvalue().rstrip("\n")
+
+    def _table(self) -> Table:
+        table = Table(title="channels before -> after", title_justify="left")
+        table.add_column("layer", overflow="fold")
+        for name in ("type", "in", "out", "parameters", "MFLOPs", "read"):
+            table.add_column(name, justify="left" if name in ("type", "read") else "right", no_wrap=True)
+        for row in self.layers:
+            table.add_row(
+                row.name,
+                row.kind,
+                _change(*row.inputs),
+                _change(*row.outputs),
+                _change(*row.parameters),
+                _change(*(round(f / 1e6, 2) for f in row.flops)),
+                row.read,
+            )
+        return table
+
+    def _summary(self) -> str:
+        lines = [
+            f"parameters  {self.parameters[0]:,} -> {self.parameters[1]:,}  ({_share(*self.parameters)})",
+            f"FLOPs       {self.flops[0]:,} -> {self.flops[1]:,}  ({_share(*self.flops)}) per example, "
+            "convolutions and linear layers, 2 per multiply-add",
+            "reads       " + (", ".join(f"{n} {k}" for k, n in sorted(self.reads.items())) or "none"),
+        ]
+        if self.error is not None:
+            sizes = ", ".join(map(str, self.batches))
+            lines.append(f"verified    largest relative error {self.error:.1e} at batch {sizes}")
+        lines.append("seconds     " + ", ".join(f"{k} {v:.2f}" for k, v in self.seconds.items()))
+        for place, operator, reason in self.barriers:
+            lines.append(f"barrier     {operator} at {place}: {reason}")
+        lines += [f"note        {note}" for note in self.notes]
+        return "\n".join(line.replace("[", r"\[") for line in lines)
+
+
+def _change(before: float, after: float) -> str:
+    return f"{before:,}" if before == after else f"{before:,} -> {after:,}"
+
+
+def _share(before: float, after: float) -> str:
+    return f"{100 * after / before:.1f} %" if before else "-"
+
+
+def layer_rows(program: Program, lowered: Program, flow: Flow, plan: Plan) -> tuple[LayerRow, ...]:
+    """One row per layer call that contracts channels or filters them one by one."""
+    sizes = {n.meta["origin"]: n for n in lowered.graph.nodes if "origin" in n.meta}
+    rows = []
+    for node, f in flow.nodes.items():
+        depthwise = isinstance(f.effect, PerChannel) and f.effect.groups_arg == "groups"
+        if not depthwise and not (isinstance(f.effect, Contract) and f.kind == "fresh"):
+            continue
+        rows.append(_row(program, lowered, node, f.effect, plan, sizes.get(node.name)))  # type: ignore[arg-type]
+    return tuple(rows)
+
+
+def _row(
+    program: Program, lowered: Program, node: Node, effect: Contract | PerChannel, plan: Plan, new: Node | None
+) -> LayerRow:
+    weight = effect.weight if isinstance(effect, Contract) else effect.slices[0][0]
+    name = str(weight.target)
+    before = program.tensors[name].shape
+    after = lowered.tensors[name].shape if new is not None and name in lowered.tensors else torch.Size([0] * len(before))
+    if isinstance(effect, Contract):
+        out, inner = effect.weight_out, effect.weight_in
+        groups = effect.groups
+    else:
+        out, inner, groups = 0, 0, 1
+    ins = (0, 0) if inner is None else (before[inner] * groups, after[inner] * groups)
+    read = "-" if new is None else _read_kind(plan, node)
+    return LayerRow(
+        name.rsplit(".", 1)[0] if "." in name else module_path(node) or name,
+        str(node.target).split(".")[1],
+        ins,
+        (before[out], after[out]),
+        (_count(program, name), _count(lowered, name) if new is not None else 0),
+        (_flops(node, before, effect), _flops(node, after, effect)),
+        read,
+    )
+
+
+def _read_kind(plan: Plan, node: Node) -> str:
+    kinds = [r.kind for r in plan.reads.get(node.name, {}).values()]
+    return kinds[0] if kinds else "-"
+
+
+def _count(program: Program, weight: str) -> int:
+    bias = weight.removesuffix("weight") + "bias"
+    return sum(program.tensors[n].numel() for n in (weight, bias) if n in program.tensors)
+
+
+def _flops(node: Node, weight: torch.Size, effect: Contract | PerChannel) -> int:
+    """Two per weight and position where it is applied, for one example."""
+    if isinstance(effect, Contract) and effect.weight_in is None:
+        return 0
+    source = effect.operand if "conv_transpose" in str(node.target) else node
+    assert source is not None
+    shape = [s.node.hint if isinstance(s, torch.SymInt) else int(s) for s in source.meta["val"].shape]
+    channel = effect.out_dim if source is node else (effect.in_dim if isinstance(effect, Contract) else effect.dim)
+    positions = prod(s for i, s in enumerate(shape) if i not in (0, channel)) if len(shape) > 1 else 1
+    return 2 * prod(weight) * positions
+
+
+def count_parameters(tensors: Mapping[str, torch.Tensor]) -> int:
+    return sum(t.numel() for t in tensors.values() if isinstance(t, torch.nn.Parameter))
