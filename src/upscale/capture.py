@@ -22,7 +22,7 @@ from torch.export import Dim, ExportedProgram
 from upscale.accept import check_names, unwrap
 from upscale.errors import CaptureError, InputError
 from upscale.functional import functionalise
-from upscale.guards import size_guards, text_guards
+from upscale.guards import fixed_size, size_guards, text_guards
 from upscale.importing import import_graph
 from upscale.program import Program, module_path
 from upscale.signature import Argument, Signature, Tree, bind, call_with, flat_shapes, flatten
@@ -165,7 +165,7 @@ def _inputs_of(exported: ExportedProgram) -> list[torch.Tensor]:
 
 def _batch_is_fixed(exported: ExportedProgram, shapes: Sequence[Any]) -> bool:
     free = [
-        isinstance(value.shape[0], torch.SymInt)
+        fixed_size(value.shape[0]) is None
         for value, spec in zip(_inputs_of(exported), shapes, strict=True)
         if spec and 0 in spec
     ]
@@ -177,7 +177,7 @@ def _program(
 ) -> Program:
     """Everything after ``torch.export``: one functional graph, folded constants and weights, guards."""
     fakes = _inputs_of(export.exported)
-    guards, missing = size_guards(fakes, names)
+    guards, missing = size_guards(fakes, names, export.exported.range_constraints)
     texts = getattr(export.exported, "_guards_code", None) or ()
     more, unread = text_guards(texts, fakes, names, "leaves")
     notes = list(export.notes)
@@ -274,13 +274,18 @@ def _borrowed(model: nn.Module) -> Iterator[None]:
 
 
 def _attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:
-    """Every attribute of a module, with a copy of the contents where it is a plain list or dict."""
-    return {
-        name: (value, value.copy() if type(value) in (list, dict) else None)
-        for name, value in module.__dict__.items()
-    }
+    """Every attribute of a module, with a copy of the contents where it is a plain list, dict or tensor."""
+
+    def contents(value: Any) -> Any:
+        if type(value) in (list, dict):
+            return value.copy()
+        # Export runs writes to plain tensor attributes for real. Results of a computation are made anew anyway.
+        return value.clone() if isinstance(value, torch.Tensor) and value.is_leaf else None
+
+    return {name: (value, contents(value)) for name, value in module.__dict__.items()}
 
 
+@torch.no_grad()
 def _restore(module: nn.Module, attributes: Mapping[str, tuple[Any, Any]]) -> None:
     for name in [name for name in module.__dict__ if name not in attributes]:
         del module.__dict__[name]
@@ -288,6 +293,9 @@ def _restore(module: nn.Module, attributes: Mapping[str, tuple[Any, Any]]) -> No
         module.__dict__[name] = value
         if isinstance(contents, list):
             value[:] = contents
+        elif isinstance(contents, torch.Tensor):
+            if not torch.equal(value, contents):
+                value.copy_(contents)
         elif contents is not None and (
             len(value) != len(contents) or any(value.get(k) is not v for k, v in contents.items())
         ):

@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from upscale.aliases import Aliases, first_tensor, is_random, targets_of
+from upscale.guards import fixed_size
 from upscale.importing import Imported
 from upscale.program import module_path
 
@@ -65,7 +66,7 @@ def _is_constant(node: fx.Node, imported: Imported, constant: set[fx.Node]) -> b
     if node.op != "call_function" or is_random(node.target):
         return False
     value = first_tensor(node.meta.get("val"))
-    if value is None or any(isinstance(size, torch.SymInt) for size in value.shape):
+    if value is None or any(fixed_size(size) is None for size in value.shape):
         return False
     if value.numel() > _LARGEST:
         return False
@@ -148,4 +149,4 @@ class _Evaluator:
 
 def _stand_in(fake: torch.Tensor, shape: Any) -> torch.Tensor:
     """A real tensor with the dtype and device of a fake one."""
-    return torch.empty(tuple(shape), dtype=fake.dtype, device=fake.device)
+    return torch.empty(tuple(int(size) for size in shape), dtype=fake.dtype, device=fake.device)

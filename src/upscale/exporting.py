@@ -151,7 +151,9 @@ def check_finite(program: Program) -> None:
 def _check_something_pruned(program: Program, flow: Flow, lowered: Program) -> None:
     if count_parameters(lowered.tensors) < count_parameters(program.tensors) or _zero_channels(flow):
         return
-    layers = [str(f.effect.weight.target) for f in flow.nodes.values() if isinstance(f.effect, Contract) and f.kind == "fresh"]
+    layers = [
+        str(f.effect.weight.target) for f in flow.nodes.values() if isinstance(f.effect, Contract) and f.kind == "fresh"
+    ]
     raise NothingToPruneError(
         f"nothing to prune: none of the {len(layers)} layers with channels ({', '.join(layers[:3])}, ...) has a zero "
         "input or output channel. Mask first, for example with upscale.MaskingManager(model).importance().mask(0.25)"
@@ -169,7 +171,7 @@ def _zero_channels(flow: Flow) -> bool:
 
 def _emptiest(program: Program, flow: Flow) -> str:
     """The first layer in which nothing is left, for the message."""
-    for node, f in flow.nodes.items():
+    for f in flow.nodes.values():
         if isinstance(f.effect, Contract) and f.effect.weight.op == "get_attr":
             name = str(f.effect.weight.target)
             if not bool(program.tensors[name].any()):

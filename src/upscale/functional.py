@@ -216,10 +216,19 @@ def _functional_target(node: fx.Node) -> Any:
     name = schema.name.removeprefix("aten::")
     found = None
     if name.endswith("_") and not name.endswith("__") and name not in _REFUSED and schema.name.startswith("aten::"):
-        found = getattr(getattr(_aten, name[:-1], None), target._overloadname, None)
-    if found is None or written_arguments(found) or len(found._schema.arguments) != len(schema.arguments):
+        packet = getattr(_aten, name[:-1], None)
+        overloads = [getattr(packet, overload) for overload in packet.overloads()] if packet is not None else []
+        signature = _types(target)
+        matching = [o for o in overloads if _types(o) == signature and not written_arguments(o)]
+        found = next((o for o in matching if o._overloadname == target._overloadname), None)
+        found = found or next(iter(matching), None)
+    if found is None:
         raise CaptureError(f"{target} at {where(node)} writes in place and has no form that does not")
     return found
+
+
+def _types(target: Any) -> list[tuple[str, str]]:
+    return [(a.name, str(a.type)) for a in target._schema.arguments]
 
 
 def _drop_aliases(graph: fx.Graph) -> None:

@@ -37,7 +37,7 @@ class _Sets:
 def tied_groups(segments: Segments, side: str, layers: Container[str]) -> list[Group]:
     """The groups of one side's channels, restricted to ``layers``.
 
-    A layer that is called twice, on different tensors, is found in two segments. It has one weight for both, so
+    A layer that is called twice, on different tensors, is in two segments. It has one weight for both, so
     the channels that meet in one place of it are made one channel, and their segments one group.
     """
     starts = [0]

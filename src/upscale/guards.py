@@ -106,11 +106,21 @@ def _hint(dim: int) -> str:
     return "export again with dynamic_shapes='spatial'" if dim >= 2 else "export again with dynamic_shapes"
 
 
-def size_guards(values: Sequence[torch.Tensor], names: Sequence[str]) -> tuple[list[Guard], list[str]]:
-    """Guards for every size of the captured inputs that is static, equal to another one, or derived.
+def fixed_size(size: Any) -> int | None:
+    """The number that a captured size is, or None where it was left free."""
+    if not isinstance(size, torch.SymInt):
+        return int(size)
+    expression = size.node.expr
+    return int(expression) if isinstance(expression, (sympy.Integer, int)) else None
 
-    ``values`` are the fake input tensors as export left them. The second result names the relations that could not
-    be written down.
+
+def size_guards(
+    values: Sequence[torch.Tensor], names: Sequence[str], ranges: Mapping[Any, Any]
+) -> tuple[list[Guard], list[str]]:
+    """Guards for every size of the captured inputs that is static, bounded, equal to another one, or derived.
+
+    ``values`` are the fake input tensors as export left them, ``ranges`` the bounds of its symbols. The second result
+    names the relations that could not be written down.
     """
     guards: list[Guard] = []
     missing: list[str] = []
@@ -119,18 +129,17 @@ def size_guards(values: Sequence[torch.Tensor], names: Sequence[str]) -> tuple[l
     for leaf, value in enumerate(values):
         for dim, size in enumerate(value.shape):
             here, text = Size(leaf, dim), f"upscale: input {names[leaf]!r} "
-            if not isinstance(size, torch.SymInt):
-                message = f"was captured with size {size} in dimension {dim} and takes no other; {_hint(dim)}"
-                guards.append(Guard(here.same(size), text + message))
+            number = fixed_size(size)
+            if number is not None:
+                message = f"was captured with size {number} in dimension {dim} and takes no other; {_hint(dim)}"
+                guards.append(Guard(here.same(number), text + message))
                 continue
             expression = size.node.expr
-            if isinstance(expression, sympy.Integer):
-                message = f"was captured with size {expression} in dimension {dim} and takes no other; {_hint(dim)}"
-                guards.append(Guard(here.same(int(expression)), text + message))
-            elif not isinstance(expression, sympy.Symbol):
+            if not isinstance(expression, sympy.Symbol):
                 derived.append((leaf, dim, expression))
             elif expression not in known:
                 known[expression] = here
+                guards.extend(_bounds(here, ranges.get(expression), text))
             else:
                 other = known[expression]
                 message = f"must have in dimension {dim} the size that {names[other.leaf]!r} has in dimension {other.dim}"
@@ -142,6 +151,17 @@ def size_guards(values: Sequence[torch.Tensor], names: Sequence[str]) -> tuple[l
         else:
             guards.extend(guard)
     return guards, missing
+
+
+def _bounds(here: Size, values: Any, text: str) -> list[Guard]:
+    """The range that torch holds a free size to. Its lower bound of two stands for one as well."""
+    guards = []
+    lower, upper = getattr(values, "lower", 0), getattr(values, "upper", None)
+    if isinstance(lower, (sympy.Integer, int)) and lower > 2:
+        guards.append(Guard(here >= int(lower), f"{text}must have at least size {lower} in dimension {here.dim}"))
+    if isinstance(upper, (sympy.Integer, int)) and upper < 1 << 40:
+        guards.append(Guard(here <= int(upper), f"{text}must have at most size {upper} in dimension {here.dim}"))
+    return guards
 
 
 def _derived_guard(
@@ -221,7 +241,7 @@ def text_guards(
         (leaf, dim)
         for leaf, value in enumerate(values)
         for dim, size in enumerate(value.shape)
-        if isinstance(size, torch.SymInt) and not isinstance(size.node.expr, sympy.Integer)
+        if fixed_size(size) is None
     }
     scope = {"L": {parameter: [_Sized(leaf, value.dim()) for leaf, value in enumerate(values)]}}
     single: dict[tuple[int, int], list[tuple[Size, str]]] = {}

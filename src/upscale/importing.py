@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from upscale.errors import CaptureError
+from upscale.guards import fixed_size
 from upscale.program import where
 
 _aten = torch.ops.aten
@@ -37,7 +38,6 @@ class Imported:
     kinds: dict[str, str]
     canonical: dict[str, str]
     consumed: set[str] = field(default_factory=set)  # names folded into other tensors
-    trainable: dict[str, bool] = field(default_factory=dict)
     folded: set[str] = field(default_factory=set)  # constants made here
 
 
@@ -102,8 +102,8 @@ class _Copier:
             self.result.graph.output(tuple(self._map(node.args[0])))
         elif node.target in _CHECKS:
             self._check_is_static(node)
-        elif isinstance(node.meta.get("val"), int):
-            self.values[node] = node.meta["val"]  # a size that export fixed: guarded at the input
+        elif _fixed(node.meta.get("val")) is not None:
+            self.values[node] = _fixed(node.meta["val"])  # a size that export fixed: guarded at the input
         elif isinstance(node.target, torch._ops.HigherOrderOperator):
             self._inline(node)
         else:
@@ -185,6 +185,13 @@ class _Copier:
 
 class _Results(tuple):
     """The outputs of an inlined graph: ``getitem`` on them is resolved at once."""
+
+
+def _fixed(value: Any) -> Any:
+    """The number that a value of the capture is, or None."""
+    if isinstance(value, (int, float)):
+        return value
+    return fixed_size(value) if isinstance(value, torch.SymInt) else None
 
 
 def _is_unbacked(value: Any) -> bool:

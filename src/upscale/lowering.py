@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import fx
 from torch.fx import Node
 from torch.fx.node import map_arg
@@ -80,9 +80,10 @@ class _Lowering:
         assert isinstance(effect, Contract)
         cut = self.plan.contractions[node.name]
         weight = self._tensor(effect.weight)
-        new = weight.index_select(effect.weight_out, _index(cut.rows, weight)) if effect.groups == 1 else weight.clone()
+        new = _take(weight, effect.weight_out, cut.rows) if effect.groups == 1 else weight
         if cut.columns is not None and effect.weight_in is not None:
-            new = new.index_select(effect.weight_in, _index(cut.columns, weight))
+            new = _take(new, effect.weight_in, cut.columns)
+        new = new.clone() if new is weight else new
         zero = [i for i, row in enumerate(cut.rows) if row in set(cut.zero_rows)]
         if zero:
             new.index_fill_(effect.weight_out, _index(zero, weight), 0.0)
@@ -93,7 +94,8 @@ class _Lowering:
 
     def _bias(self, bias: Node, rows: Sequence[int], delta: Sequence[float]) -> Node:
         old = self._tensor(bias)
-        new = old.index_select(0, _index(rows, old))
+        new = _take(old, 0, rows)
+        new = new.clone() if new is old else new
         if delta:
             extra = torch.tensor(delta, dtype=torch.float64)[list(rows)]
             new = (new.double() + extra.to(new.device)).to(new.dtype)
@@ -143,7 +145,7 @@ class _Lowering:
         constants = self.plan.constants.get(node.name, {})
         if str(node.target) not in ("aten.add.Tensor", "aten.sub.Tensor") or len(constants) != 1:
             return None
-        (name, values), = constants.items()
+        ((name, values),) = constants.items()
         rest = [n for n in node.all_input_nodes if n.name != name]
         if any(values) or len(rest) != 1 or (str(node.target) == "aten.sub.Tensor" and rest[0] is not node.args[0]):
             return None
@@ -305,6 +307,13 @@ class _Lowering:
         self.tensors[name], self.kinds[name] = tensor, kind
         self.attributes[name] = self.graph.get_attr(name)
         return self.attributes[name]
+
+
+def _take(tensor: torch.Tensor, dim: int, items: Sequence[int]) -> torch.Tensor:
+    """The chosen slices along ``dim``; the tensor itself where that is all of it, in order."""
+    if len(items) == tensor.shape[dim] and tuple(items) == tuple(range(len(items))):
+        return tensor
+    return tensor.index_select(dim, _index(items, tensor))
 
 
 def _index(items: Sequence[int], like: torch.Tensor) -> torch.Tensor:

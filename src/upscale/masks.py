@@ -29,7 +29,9 @@ def checked(name: str, pairs: Named | None) -> tuple[tuple[str, int], ...]:
     found = []
     for pair in pairs:
         if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and isinstance(pair[0], str)):
-            raise InputError(f"{name} holds {pair!r}; write (parameter name, channel), e.g. ('layer1.0.conv1.weight', 5)")
+            raise InputError(
+                f"{name} holds {pair!r}; write (parameter name, channel), e.g. ('layer1.0.conv1.weight', 5)"
+            )
         index = pair[1]
         if isinstance(index, bool) or not isinstance(index, int):
             raise InputError(f"{name} holds channel {index!r} of {pair[0]}; a channel is an integer")
@@ -85,30 +87,30 @@ def _zero(
     side: str,
     channels: list[int],
 ) -> None:
-    effect = layer[1]
-    weight = tensors[name].detach()
-    out, inner, groups = (effect.weight_out, effect.weight_in, effect.groups) if isinstance(effect, Contract) else (0, None, weight.shape[0])
-    if isinstance(effect, PerChannel):
-        out, inner = 0, 0  # a depthwise convolution: one filter per channel, whichever way it is looked at
-    size = weight.shape[out] if side == "output" else (weight.shape[inner] * (groups if inner == 1 else 1) if inner is not None else 0)
+    effect, weight = layer[1], tensors[name].detach()
+    # a depthwise convolution has one filter per channel, whichever way it is looked at
+    groups = 1 if isinstance(effect, PerChannel) else effect.groups
+    dim = 0 if isinstance(effect, PerChannel) else effect.weight_out if side == "output" else effect.weight_in
+    grouped = side == "input" and groups > 1 and dim == 1
+    size = 0 if dim is None else weight.shape[dim] * (groups if grouped else 1)
     for c in channels:
         if not 0 <= c < size:
             raise UnknownChannelError(f"{name} has {size} {side} channels (0 to {size - 1}); there is no channel {c}")
     mask = masks.setdefault(name, torch.zeros(weight.shape, dtype=torch.bool))
     for c in channels:
-        if side == "output" or isinstance(effect, PerChannel):
-            mask.select(out, c).fill_(True)
-        elif groups > 1 and inner == 1:
+        if grouped:
             width, rows = weight.shape[1], weight.shape[0] // groups
             mask[(c // width) * rows : (c // width + 1) * rows, c % width] = True
         else:
-            mask.select(int(inner or 0), c).fill_(True)
+            mask.select(dim or 0, c).fill_(True)
     tensors[name] = _replace(tensors[name], mask)
     if side == "output":
         _zero_vectors(tensors, node, effect, channels)
 
 
-def _zero_vectors(tensors: dict[str, torch.Tensor], node: Node, effect: Contract | PerChannel, channels: list[int]) -> None:
+def _zero_vectors(
+    tensors: dict[str, torch.Tensor], node: Node, effect: Contract | PerChannel, channels: list[int]
+) -> None:
     vectors = [effect.bias] if isinstance(effect, Contract) else [p for p, _ in effect.slices[1:]]
     users = list(node.users)
     if len(users) == 1 and str(users[0].target) == "aten.batch_norm.default":
@@ -159,8 +161,7 @@ def _used(program: Program, flow: Flow, port: Port) -> np.ndarray:
     assert isinstance(effect, Contract)
     support = support_of(program, effect)
     if port.side == "input":
-        used: np.ndarray = support.used.any(0).numpy()
-        return used
+        return np.asarray(support.used.any(0))
     constants = flow.constants[_written(port.node)]
     zero = torch.zeros(len(port.classes), dtype=torch.bool)
     if constants is not None:

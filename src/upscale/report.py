@@ -136,7 +136,9 @@ def _row(
     weight = effect.weight if isinstance(effect, Contract) else effect.slices[0][0]
     name = str(weight.target)
     before = program.tensors[name].shape
-    after = lowered.tensors[name].shape if new is not None and name in lowered.tensors else torch.Size([0] * len(before))
+    after = (
+        lowered.tensors[name].shape if new is not None and name in lowered.tensors else torch.Size([0] * len(before))
+    )
     if isinstance(effect, Contract):
         out, inner = effect.weight_out, effect.weight_in
         groups = effect.groups

@@ -50,7 +50,9 @@ def sharing(flow: Flow) -> Sharing:
     for classes in kept.order.values():
         if len(classes):
             joined.join(classes, np.full(len(classes), classes[0]))
-    ports = tuple(port for node, f in flow.nodes.items() if isinstance(f.effect, Contract) for port in _ports(flow, kept, node))
+    ports = tuple(
+        port for node, f in flow.nodes.items() if isinstance(f.effect, Contract) for port in _ports(flow, kept, node)
+    )
     return Sharing(ports, joined.roots(), _pinned(flow, kept, total))
 
 

@@ -49,6 +49,13 @@ class Tensors:
         return self._made[name]
 
 
+def _second(module: nn.Module) -> nn.Module:
+    """Another object with the very same tensors and children."""
+    second = type(module).__new__(type(module))
+    second.__dict__ = {k: v.copy() if isinstance(v, (dict, set)) else v for k, v in module.__dict__.items()}
+    return second
+
+
 def _is_bare(module: nn.Module) -> bool:
     """An empty or parameterless container of torch's own: kept, as in the original."""
     if type(module) not in _CONTAINERS or any(True for _ in (*module.parameters(), *module.buffers())):
@@ -124,7 +131,9 @@ class Tree:
             for name, child in original._modules.items():
                 built = None if child is None else self._build(child, name)
                 if built is not None:
-                    self.root.add_module(name, built)
+                    # GraphModule copies each child object once: a second name gets an object of its own, same tensors.
+                    again = any(built is other for other in self.root._modules.values())
+                    self.root.add_module(name, _second(built) if again else built)
         for name in [*self.program.tensors, *self.program.spare]:
             self._place(name)
         return self.root

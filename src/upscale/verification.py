@@ -89,9 +89,7 @@ def example_inputs(program: Program) -> Iterator[tuple[torch.Tensor, ...]]:
     """The captured example; then, where the batch is dynamic, one image alone and three perturbed ones."""
     yield program.inputs
     placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
-    dynamic = [
-        bool(n.meta["val"].ndim) and isinstance(n.meta["val"].shape[0], torch.SymInt) for n in placeholders
-    ]
+    dynamic = [bool(n.meta["val"].ndim) and isinstance(n.meta["val"].shape[0], torch.SymInt) for n in placeholders]
     if not any(dynamic):
         return
     for batch in (1, 3):
@@ -195,5 +193,5 @@ def _values(program: Program, inputs: Sequence[torch.Tensor]) -> dict[str, Any]:
             elif node.op == "call_function":
                 args = torch.fx.node.map_arg(node.args, values.__getitem__)
                 kwargs = torch.fx.node.map_arg(node.kwargs, values.__getitem__)
-                values[node] = node.target(*args, **kwargs)  # type: ignore[operator, arg-type]
+                values[node] = node.target(*args, **kwargs)
     return {n.meta.get("origin", n.name): v for n, v in values.items()}

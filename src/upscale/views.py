@@ -10,6 +10,7 @@ from torch import fx
 
 from upscale.aliases import argument
 from upscale.errors import CaptureError
+from upscale.guards import fixed_size
 from upscale.program import where
 
 _aten = torch.ops.aten
@@ -90,10 +91,10 @@ def undo_item(item: fx.Node, split: fx.Node, source: fx.Node, value: fx.Node, ne
         return insert(_aten.select_scatter.default, (value, new, argument(split, "dim"), index), {}, source)
     dim = argument(split, "dim")
     pieces = split.meta["val"]
-    before = [piece.shape[dim] for piece in pieces[:index]]
-    if split.target in _SPLITS and all(isinstance(size, int) for size in (*before, pieces[index].shape[dim])):
-        start = sum(before)
-        end = start + pieces[index].shape[dim]
+    sizes = [fixed_size(piece.shape[dim]) for piece in pieces[: index + 1]]
+    known = [size for size in sizes if size is not None]
+    if split.target in _SPLITS and len(known) == len(sizes):
+        start, end = sum(known[:-1]), sum(known)
         return insert(_aten.slice_scatter.default, (value, new, dim, start, end), {}, source)
     raise CaptureError(f"the model writes in place into a piece of {split.target} at {where(split)}")
 
@@ -114,8 +115,9 @@ def sizes_of(source: fx.Node, value: fx.Node, insert: Insert) -> list[Any]:
     """The shape of ``source`` as arguments: integers, and ``sym_size`` calls on ``value`` where free."""
     sizes: list[Any] = []
     for dim, size in enumerate(source.meta["val"].shape):
-        if isinstance(size, int):
-            sizes.append(size)
+        number = fixed_size(size)
+        if number is not None:
+            sizes.append(number)
             continue
         node = insert(_aten.sym_size.int, (value, dim), {}, source)
         node.meta["val"] = size

@@ -41,22 +41,23 @@ def fold_weight_slots(imported: Imported) -> list[str]:
     """Evaluate computed weights; returns one note for each."""
     fixed = _fixed_nodes(imported)
     notes = []
-    pending: list[tuple[fx.Node, int, str, torch.Tensor, set[str]]] = []
+    pending: list[tuple[fx.Node, int, str, torch.Tensor, set[str], bool]] = []
     cache: dict[fx.Node, torch.Tensor] = {}
     for node in imported.graph.nodes:
         for position, slot in SLOTS.get(node.target, {}).items():
             source = node.args[position] if position < len(node.args) else None
             if isinstance(source, fx.Node) and source.op != "get_attr" and source in fixed:
                 value = _evaluate(source, imported, cache)
-                pending.append((node, position, slot, value, _sources(source)))
+                sources = _sources(source)
+                trainable = any(imported.tensors[name].requires_grad for name in sources)
+                pending.append((node, position, slot, value, sources, trainable))
     if not pending:
         return []
     for node, position, *_ in pending:  # detach them all first: an original name may thereby become free
         node.update_arg(position, None)
     remove_dead(imported)
     made: dict[str, fx.Node] = {}
-    for node, position, slot, value, sources in pending:
-        trainable = any(_requires_grad(imported, name) for name in sources)
+    for node, position, slot, value, sources, trainable in pending:
         name = _place(imported, made, node, slot, value, trainable)
         node.update_arg(position, made[name])
         notes.append(f"{name} is computed from {', '.join(sorted(sources))}: exported as one parameter")
@@ -113,11 +114,6 @@ def _sources(node: fx.Node) -> set[str]:
                 seen.add(used)
                 stack.append(used)
     return names
-
-
-def _requires_grad(imported: Imported, name: str) -> bool:
-    tensor = imported.tensors.get(name)
-    return imported.trainable.get(name, False) if tensor is None else tensor.requires_grad
 
 
 def _place(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch.fx import Node
 
 from ..program import Program
-from . import labels as lab
 from .effects import (
     Barrier,
     Channels,
@@ -29,6 +29,8 @@ from .effects import (
 from .model import FlowNode, Link
 from .registry import find
 from .rules_movement import getitem
+from .tracking import Tracker
+from .units import refine
 
 
 def analyse(program: Program) -> dict[Node, FlowNode]:
@@ -37,15 +39,14 @@ def analyse(program: Program) -> dict[Node, FlowNode]:
 
 
 class _Analysis:
-    """State of one forward pass: flow found so far, and tensors that are mid-way through a channel shuffle."""
+    """State of one forward pass: the flow found so far."""
 
     def __init__(self, program: Program) -> None:
         self.program = program
         self.flow: dict[Node, FlowNode] = {}
-        self.scrambled: dict[Node, tuple[Node, lab.Run]] = {}  # node -> (ancestor with channels, movement since)
-        self.heads: dict[Node, Node] = {}  # scrambled node -> first node of its chain
         self.shapes: dict[Node, tuple[int, ...]] = {}
         self.weight_uses: Counter[str] = Counter()
+        self.tracker = Tracker(self.shape, self.channels)
 
     def run(self) -> dict[Node, FlowNode]:
         self._count_weight_uses()
@@ -106,7 +107,7 @@ class _Analysis:
         effect = find(self._op(node))
         if not isinstance(effect, Movement):
             self._settle(node)
-        if any(self.channels(n) or n in self.scrambled for n in self._inputs(node)):
+        if any(self.channels(n) or self.tracker.is_scrambled(n) for n in self._inputs(node)):
             return self._dispatch(node, effect)
         return self._contract(node, effect) if isinstance(effect, Contract) else FlowNode(node, "opaque", effect)
 
@@ -144,8 +145,8 @@ class _Analysis:
         effect = find(self._op(node))
         if isinstance(effect, Movement) and (channels := self.channels(effect.operand)) is not None:
             link = Link(effect.operand, channels.dim, np.arange(channels.size))
-            picks = [getitem(self._op(user)) for user in node.users if user.target is operator.getitem]
-            if all(self._moved(user, e, node) is not None for user, e in zip(node.users, picks, strict=False)):
+            picks = [user for user in node.users if user.target is operator.getitem]
+            if all(self.tracker.moved(user, getitem(user), node) is not None for user in picks):
                 return FlowNode(node, "list", effect, channels, (link,))
         return self._barrier(node, Barrier("several results at once", self._inputs(node)))
 
@@ -180,14 +181,18 @@ class _Analysis:
         strong = [(n, c) for n in effect.operands if (c := self.channels(n)) is not None and not c.weak]
         carriers = [(n, c) for n, c in strong if c.size > 1 or self.shape(node)[c.dim + rank - len(self.shape(n))] == 1]
         if not carriers:
-            return self._weak_pointwise(node, effect) if not strong else self._refuse(node, "broadcasts one channel", silent=True)
+            return (
+                self._weak_pointwise(node, effect)
+                if not strong
+                else self._refuse(node, "broadcasts one channel", silent=True)
+            )
         dims = {c.dim + rank - len(self.shape(n)) for n, c in carriers}
         if len(dims) > 1:
             return self._refuse(node, "operands carry channels on different dimensions")
         dim = dims.pop()
         size = self.shape(node)[dim]
         links, whole = self._pair(effect.operands, rank, dim, size)
-        units = _refine([c.units for _, c in carriers])
+        units = refine([c.units for _, c in carriers])
         return FlowNode(node, "transit", effect, Channels(dim, units), links, whole)
 
     def _pair(
@@ -238,7 +243,9 @@ class _Analysis:
     def _stray(self, node: Node, *known: Node) -> tuple[tuple[Node, bool], ...]:
         """Operands that carry channels but are not the one the effect speaks of: needed whole."""
         return tuple(
-            (n, True) for n in self._inputs(node) if n not in known and n.op != "get_attr" and self.channels(n) is not None
+            (n, True)
+            for n in self._inputs(node)
+            if n not in known and n.op != "get_attr" and self.channels(n) is not None
         )
 
     def _mixing(self, node: Node, effect: Mixing) -> FlowNode:
@@ -292,7 +299,9 @@ class _Analysis:
             units.append(part + unit)
             unit += int(part.max()) + 1 if len(part) else 0
             offset += size
-        return FlowNode(node, "concat", effect, Channels(dim, np.concatenate(units)), tuple(links), self._crossed(effect, dim))
+        return FlowNode(
+            node, "concat", effect, Channels(dim, np.concatenate(units)), tuple(links), self._crossed(effect, dim)
+        )
 
     def _crossed(self, effect: Concat, dim: int) -> tuple[tuple[Node, bool], ...]:
         return tuple((n, True) for n in effect.operands if (c := self.channels(n)) is not None and c.dim != dim)
@@ -308,103 +317,38 @@ class _Analysis:
             own = channels is not None and channels.dim == dim
             links.append(Link(n, dim, np.arange(size), anchored=not own))
         out = dim + 1 if effect.new_dim and effect.dim <= dim else dim
-        units = _refine([c.units for _, c in known])
+        units = refine([c.units for _, c in known])
         return FlowNode(node, "transit", effect, Channels(out, units), tuple(links), self._crossed(effect, dim))
 
     # -- movement -----------------------------------------------------------------------------------------------
 
     def _pick(self, node: Node) -> FlowNode:
-        """One result of an operator that returns several. Unless all of them can be named, the operator is a barrier."""
+        """One result of an operator that returns several; the operator is a barrier unless all can be named."""
         parent = node.args[0]
         assert isinstance(parent, Node)
         if self.flow[parent].kind != "list":
             return FlowNode(node, "opaque", Opaque())
-        found = self._moved(node, getitem(self._op(node)), parent)
+        found = self.tracker.moved(node, getitem(node), parent)
         assert found is not None  # checked when the list was visited
         return found
 
     def _movement(self, node: Node, effect: Movement) -> FlowNode:
-        ancestor = self.scrambled[effect.operand][0] if effect.operand in self.scrambled else effect.operand
-        channels = self.channels(ancestor)
+        channels = self.channels(self.tracker.ancestor(effect.operand))
         if channels is None:
             return FlowNode(node, "opaque", effect)
         if channels.size == 1:
             return self._refuse(node, "moves a single channel", silent=True)
-        found = self._moved(node, effect)
-        if found is not None:
-            return found
-        before = self.scrambled[effect.operand][1] if effect.operand in self.scrambled else None
-        self.scrambled[node] = (ancestor, effect.run if before is None else _compose(before, effect.run))
-        self.heads[node] = self.heads.get(effect.operand, node)
-        return FlowNode(node, "opaque", effect)
-
-    def _moved(self, node: Node, effect: Movement, through: Node | None = None) -> FlowNode | None:
-        """Run the movement on labels of the nearest ancestor that has channels, and name what came out: the same
-        channels (``transit``), some of them (``select``), or None where they lie over several dimensions."""
-        operand, ancestor, run = effect.operand, effect.operand, effect.run
-        direct = operand not in self.scrambled
-        if not direct:
-            ancestor, before = self.scrambled[operand]
-            run = _compose(before, effect.run)
-        channels, shape = self.channels(ancestor), self.shape(ancestor)
-        if channels is None or channels.size == 1:
-            return None
-        moved = lab.summarise(run(lab.channel_labels(shape, channels.dim)))
-        if moved is None:
-            return None
-        merge = lab.merge_pattern(moved.positions, channels.size) if direct else None
-        if merge not in (None, (1, 1)) and not isinstance(node.meta["val"].shape[moved.dim], int):
-            return None  # merged with a dimension whose size may change: positions mean nothing
-        if merge is not None and (merge == (1, 1) or channels.unit_count == channels.size):
-            source = operand if through is None else through
-            link = Link(source, channels.dim, moved.positions)
-            units = channels.units if merge == (1, 1) else moved.positions
-            out = Channels(moved.dim, units, channels.weak)
-            return FlowNode(node, "transit", effect, out, (link,), self._stray(node, source), merge=merge)
-        if lab.is_selection(run, shape, channels.dim, moved):
-            link = Link(ancestor, channels.dim, moved.positions)
-            units = _renumber(channels.units[moved.positions])
-            return FlowNode(node, "select", effect, Channels(channels.dim, units, channels.weak), (link,))
-        return None
+        found = self.tracker.moved(node, effect)
+        if found is None:
+            self.tracker.scramble(node, effect)
+            return FlowNode(node, "opaque", effect)
+        return replace(found, whole=self._stray(node, found.links[0].operand))
 
     def _settle(self, node: Node) -> None:
         """``node`` computes with a tensor whose channels lie over several dimensions: the movement that spread them
         then reads all of them, in order."""
-        for n in self._inputs(node):
-            if n in self.scrambled:
-                head = self.heads[n]
-                effect = self.flow[head].effect
-                if isinstance(effect, Movement):
-                    reason = "its channels lie over several dimensions where they are used"
-                    self.flow[head] = self._barrier(head, Barrier(reason, (effect.operand,)))
-
-
-def _compose(first: lab.Run, second: lab.Run) -> lab.Run:
-    return lambda labels: second(first(labels))
-
-
-def _renumber(units: np.ndarray) -> np.ndarray:
-    _, first, inverse = np.unique(units, return_index=True, return_inverse=True)
-    rank = np.empty(len(first), dtype=np.int64)
-    rank[np.argsort(first)] = np.arange(len(first))
-    return rank[inverse]
-
-
-def _refine(groupings: list[np.ndarray]) -> np.ndarray:
-    """Positions that any of the groupings keeps together."""
-    first = groupings[0]
-    if all(np.array_equal(first, g) for g in groupings[1:]):
-        return first
-    parent = np.arange(len(first))
-    for grouping in groupings:
-        lowest = np.full(int(grouping.max()) + 1, len(first))
-        np.minimum.at(lowest, grouping, parent)
-        parent = lowest[grouping]
-    while True:  # to a fixed point: two groupings may chain
-        before = parent
-        for grouping in groupings:
-            lowest = np.full(int(grouping.max()) + 1, len(first))
-            np.minimum.at(lowest, grouping, parent)
-            parent = lowest[grouping]
-        if np.array_equal(before, parent):
-            return _renumber(parent)
+        for head in self.tracker.heads_behind(self._inputs(node)):
+            effect = self.flow[head].effect
+            if isinstance(effect, Movement):
+                reason = "its channels lie over several dimensions where they are used"
+                self.flow[head] = self._barrier(head, Barrier(reason, (effect.operand,)))

@@ -23,16 +23,27 @@ def support_of(program: Program, effect: Contract, only: Mapping[str, torch.Tens
     if effect.weight_in is None:  # embedding: one row per column of the table, no inputs
         table = weight.movedim(effect.weight_out, 0).flatten(1).cpu()
         varies = (table != table[:, :1]).any(1, keepdim=True)
-        return Support(varies, table[:, :1], None)
-    matrix = weight.movedim((effect.weight_out, effect.weight_in), (0, 1))
-    if only is not None:
-        masked = only.get(str(effect.weight.target), torch.zeros((), dtype=torch.bool)).expand(weight.shape)
-        used = ~masked.movedim((effect.weight_out, effect.weight_in), (0, 1)).unsqueeze(-1).flatten(2).all(2)
-        return Support(used, matrix.unsqueeze(-1).flatten(2).sum(2).cpu(), bias)
-    if matrix.ndim == 2:  # linear: nothing to sum, and these are the largest weights there are
-        return Support((matrix != 0).cpu(), matrix.cpu(), bias)
-    matrix = matrix.flatten(2)
-    return Support((matrix != 0).any(2).cpu(), matrix.sum(2).cpu(), bias)
+        return Support(varies.numpy(), table[:, :1, None], None)
+    dims = (effect.weight_out, effect.weight_in)
+    matrix = weight.movedim(dims, (0, 1)).unsqueeze(-1).flatten(2)
+    if only is None:
+        return Support(_nonzero(matrix), matrix, bias)
+    masked = only.get(str(effect.weight.target), torch.zeros((), dtype=torch.bool)).expand(weight.shape)
+    return Support(~masked.movedim(dims, (0, 1)).unsqueeze(-1).flatten(2).all(2).numpy(), matrix, bias)
+
+
+def _nonzero(matrix: torch.Tensor) -> np.ndarray:
+    """Whether any entry of a window is not zero. A matrix product: torch reduces short last dimensions slowly."""
+    window = matrix.shape[2]
+    if window == 1:
+        found = matrix[:, :, 0] != 0
+    elif matrix.dtype in (torch.float32, torch.float64):
+        sums = matrix.abs().reshape(-1, window) @ torch.ones(window, dtype=matrix.dtype, device=matrix.device)
+        found = (sums > 0).view(matrix.shape[:2])
+    else:
+        found = (matrix != 0).any(2)
+    result: np.ndarray = found.cpu().numpy()
+    return result
 
 
 def find_constants(
@@ -66,9 +77,9 @@ def _constants_of(
             return rule(operands) if rule is not None else None
         case Pointwise(constant=rule):
             return rule(_every_operand(program, flow, operands)) if rule is not None else None
-        case Pad(value=value):
+        case Pad(value=padding):
             c = operands[0]
-            return None if c is None else Constants(c.known & (c.value == value), c.value)
+            return None if c is None else Constants(c.known & (c.value == padding), c.value)
         case Concat():
             return _agreeing(operands)
         case Mixing():
@@ -127,24 +138,16 @@ def _agreeing(operands: list[Constants | None]) -> Constants | None:
     return Constants(known, first.value)
 
 
-def _contract(
-    flow: FlowNode, effect: Contract, support: Support, found: dict[Node, Constants | None]
-) -> Constants:
+def _contract(flow: FlowNode, effect: Contract, support: Support, found: dict[Node, Constants | None]) -> Constants:
     """A row is constant if every input it uses is a constant that contributes the same everywhere."""
     rows = support.used.shape[0]
-    bias = torch.zeros(rows, dtype=support.total.dtype) if support.bias is None else support.bias
+    bias = torch.zeros(rows, dtype=support.matrix.dtype) if support.bias is None else support.bias
     if effect.operand is None:
-        return Constants(~support.used[:, 0], support.total[:, 0])
+        return Constants(torch.from_numpy(~support.used[:, 0]), support.matrix[:, 0, 0])
     operand = _through(flow.links[0], found) if effect.groups == 1 else None
     if operand is None:
-        return Constants(~support.used.any(1), bias)
+        return Constants(torch.from_numpy(~support.used.any(1)), bias)
     foldable = operand.known & ((operand.value == 0) | effect.exact)
-    known = ~support.used[:, ~foldable].any(1)
-    value = torch.where(foldable, operand.value, torch.zeros_like(operand.value)).to(support.total.dtype)
-    return Constants(known, bias + weighted(support.total, value))
-
-
-def weighted(total: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """``total @ value`` touching only columns whose value is not zero."""
-    columns = value != 0
-    return total[:, columns].to(value.dtype) @ value[columns]
+    known = torch.from_numpy(~support.used[:, ~foldable.numpy()].any(1))
+    value = torch.where(foldable, operand.value, torch.zeros_like(operand.value)).to(bias.dtype)
+    return Constants(known, bias + support.weighted(value))

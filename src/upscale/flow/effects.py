@@ -174,6 +174,13 @@ class Op:
         return len(self.shape_of(node))
 
     @property
+    def operand(self) -> Node:
+        """The first tensor: ``self`` or ``input``, as the schema calls it."""
+        found = self.args.get("self", self.args.get("input"))
+        assert isinstance(found, Node)
+        return found
+
+    @property
     def name(self) -> str:
         return str(self.node.target)
 

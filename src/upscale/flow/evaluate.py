@@ -40,7 +40,7 @@ def _call(op: Op, values: dict[Node, torch.Tensor]) -> torch.Tensor:
     args = map_arg(op.node.args, swap)
     kwargs = map_arg(op.node.kwargs, swap)
     with torch.no_grad():
-        result: torch.Tensor = op.node.target(*args, **kwargs)  # type: ignore[operator, arg-type]
+        result: torch.Tensor = op.node.target(*args, **kwargs)  # type: ignore[operator]
     return result
 
 

@@ -14,7 +14,7 @@ from torch.fx import Node
 
 from ..program import Program
 from .analysis import analyse
-from .constants import find_constants, support_of, weighted
+from .constants import find_constants, support_of
 from .effects import Constants, Contract, PerChannel, Pointwise, is_tensor, reads_values
 from .model import Demand, Flow, FlowNode, Link, Support
 
@@ -52,11 +52,9 @@ class _Liveness:
                 self.used.add(node)
             if node in self.used:
                 self._visit(node, flow)
-        masked = {n: not bool(s.used.any(0).all() and s.used.any(1).all()) for n, s in self.supports.items()}
+        masked = {n: not (s.used.any(0).all() and s.used.any(1).all()) for n, s in self.supports.items()}
         used, replaced = frozenset(self.used), frozenset(self.replaced)
-        return Flow(
-            self.nodes, self.constants, self.live, used, self.demands, replaced, masked, self._depends()
-        )
+        return Flow(self.nodes, self.constants, self.live, used, self.demands, replaced, masked, self._depends())
 
     def _visit(self, node: Node, flow: FlowNode) -> None:
         for operand, _ in flow.whole:
@@ -103,7 +101,11 @@ class _Liveness:
         live = np.ones_like(self.live[node]) if flow.pinned else self.live[node]
         self.live[node] = live
         own = self.constants.get(node)
-        if flow.kind == "concat" and flow.links and bool(live[np.all([k.positions < 0 for k in flow.links], axis=0)].any()):
+        if (
+            flow.kind == "concat"
+            and flow.links
+            and bool(live[np.all([k.positions < 0 for k in flow.links], axis=0)].any())
+        ):
             self._need_one(flow.links[0].operand)  # padding needs a tensor to pad
         for link in flow.links:
             if self._replaceable(node, flow, link, live):
@@ -157,19 +159,19 @@ class _Liveness:
             constant = own.known.numpy() & ((own.value == 0).numpy() | can_fold)
         known, value = self._input_constants(link)
         free = known & ((value == 0) | (effect.exact & can_fold))
-        active = torch.from_numpy(live & ~constant)
-        rows_used = support.used if bool(active.all()) else support.used[active]
-        inputs = rows_used.any(0).numpy() & ~free
+        active = live & ~constant
+        inputs = (support.used if active.all() else support.used[active]).any(0) & ~free
         inputs = self._whole_units(link, inputs)
         folded = torch.from_numpy(np.where(free & ~inputs, value, 0.0))
-        delta = weighted(support.total, folded)
+        delta = support.weighted(folded)
         if own is not None:
             bias = 0.0 if support.bias is None else support.bias.double()
             delta = torch.where(torch.from_numpy(constant), own.value.double() - bias, delta)
-        if not inputs.any() and live.any():
+        starved = not inputs.any()
+        if starved and live.any():
             inputs[self._any_position(link)] = True  # a layer cannot have no input; its weights for it are zero
         self._need(link, inputs)
-        self.demands[node] = Demand(inputs, constant, delta, absorber if bool(delta.any()) else None)
+        self.demands[node] = Demand(inputs, constant, delta, absorber if bool(delta.any()) else None, starved)
 
     def _input_constants(self, link: Link) -> tuple[np.ndarray, np.ndarray]:
         operand = None if link.anchored else self.constants.get(link.operand)
@@ -219,10 +221,9 @@ class _Liveness:
             own = self.constants.get(node)
             if answer and own is not None and bool(own.known.all()):
                 answer = False
-            if answer and (demand := self.demands.get(node)) is not None and isinstance(flow.effect, Contract):
-                rows = torch.from_numpy(self.live[node] & ~demand.constant)
-                used = self.supports[node].used[rows].any(0)
-                answer = bool((used if flow.effect.groups > 1 else used[torch.from_numpy(demand.inputs)]).any())
+            if answer and isinstance(flow.effect, Contract) and (demand := self.demands.get(node)) is not None:
+                pinned = flow.pinned or flow.effect.operand is None
+                answer = bool(self.supports[node].used.any()) if pinned else not demand.starved
             if not reads_values(node):
                 answer = False
             depends[node] = answer

@@ -48,11 +48,21 @@ class FlowNode:
 
 @dataclass(frozen=True)
 class Support:
-    """A contraction's weight as the analysis needs it: which inputs each row uses, and with what total."""
+    """A contraction's weight as the analysis needs it: which inputs each row uses, and with what total.
 
-    used: torch.Tensor  # bool (rows, inputs)
-    total: torch.Tensor  # (rows, inputs): the weight summed over its window
+    ``used``: bool (rows, inputs). ``matrix``: the weight as (rows, inputs, window).
+    """
+
+    used: np.ndarray
+    matrix: torch.Tensor
     bias: torch.Tensor | None
+
+    def weighted(self, value: torch.Tensor) -> torch.Tensor:
+        """What inputs that hold the constants ``value`` add to every row; looks only where these are not zero."""
+        columns = value != 0
+        if not bool(columns.any()):
+            return torch.zeros(len(self.matrix), dtype=value.dtype)
+        return self.matrix[:, columns].sum(2).to(value.dtype).cpu() @ value[columns]
 
 
 @dataclass(frozen=True)
@@ -61,13 +71,15 @@ class Demand:
 
     ``inputs``: positions to read. ``constant``: rows whose value is known; they are emitted as a zero row.
     ``delta``: what the emitted contraction lacks per row (folded constants); it goes to the bias, or to the running
-    mean of the batch norm that follows (``absorber``).
+    mean of the batch norm that follows (``absorber``). ``starved``: nothing is needed; one input stands in, with
+    zero weights.
     """
 
     inputs: np.ndarray
     constant: np.ndarray
     delta: torch.Tensor
     absorber: Node | None
+    starved: bool = False
 
 
 @dataclass(frozen=True)

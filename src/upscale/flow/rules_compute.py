@@ -110,7 +110,7 @@ def group_norm(op: Op) -> Effect:
 
 @rule(*names("aten", "softmax.int log_softmax.int _softmax _log_softmax"))
 def softmax(op: Op) -> Effect:
-    x = op.args.get("self", op.args.get("input"))
+    x = op.operand
     dim = op["dim"] % max(op.rank(x), 1)
     channels = op.channels_of(x)
     if channels is not None and channels.dim == dim:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -44,7 +43,12 @@ def movement(op: Op) -> Effect:
     return Movement(operand, _on_labels(op.node, operand, values), _SIZED.get(stem))
 
 
-@rule(*names("aten", "contiguous clone detach alias lift_fresh_copy to.dtype to.device to.dtype_layout _to_copy to.other type_as"))
+@rule(
+    *names(
+        "aten",
+        "contiguous clone detach alias lift_fresh_copy to.dtype to.device to.dtype_layout _to_copy to.other type_as",
+    )
+)
 def same_elements(op: Op) -> Effect:
     return Movement(op.tensors[0], lambda labels: labels)
 
@@ -62,12 +66,13 @@ def stack(op: Op) -> Effect:
     return Concat(tuple(op["tensors"]), op["dim"] % len(op.shape()), new_dim=True)
 
 
-def getitem(op: Op) -> Effect:
+def getitem(node: Node) -> Movement:
     """``chunk(x)[1]``: the list operator and the pick, as one movement of ``x``."""
-    parent, index = op.node.args[0], op.node.args[1]
-    source = next((n for n in parent.all_input_nodes if "val" in n.meta and isinstance(n.meta["val"], torch.Tensor)))  # type: ignore[union-attr]
-    run = _on_labels(parent, source, {})  # type: ignore[arg-type]
-    return Movement(source, lambda labels: operator.getitem(run(labels), index))  # type: ignore[arg-type]
+    parent: Any = node.args[0]
+    index: Any = node.args[1]
+    source = next(n for n in parent.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor))
+    run = _on_labels(parent, source, {})
+    return Movement(source, lambda labels: run(labels)[index])
 
 
 def _on_labels(node: Node, operand: Node, values: dict[Node, torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -88,10 +93,11 @@ def _on_labels(node: Node, operand: Node, values: dict[Node, torch.Tensor]) -> C
         if str(target).split(".")[1] in ("view", "_unsafe_view"):
             target = torch.ops.aten.reshape.default  # labels are strided with step 0: a view may not exist
         try:
-            return target(*args, **kwargs)  # type: ignore[no-any-return]
+            return target(*args, **kwargs)
         except (RuntimeError, NotImplementedError):
-            moved = target(*map_arg(node.args, plain(labels.double())), **kwargs)
-            return moved.to(torch.int32) if isinstance(moved, torch.Tensor) else [m.to(torch.int32) for m in moved]  # type: ignore[return-value]
+            # no integer kernel for this operator: floats hold labels exactly
+            moved: torch.Tensor = target(*map_arg(node.args, plain(labels.double())), **kwargs)
+            return moved.to(torch.int32)
 
     return run
 

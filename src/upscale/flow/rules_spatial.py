@@ -10,7 +10,7 @@ from .registry import names, rule
 
 
 def _inside(op: Op, spatial: int, constant: ConstantRule | None) -> Effect:
-    x = op.args.get("self", op.args.get("input"))
+    x = op.operand
     channel = op.rank(x) - spatial - 1
     return PerChannel(x, channel, channel, (), constant)
 
@@ -53,7 +53,7 @@ def resample(op: Op) -> Effect:
 
 @rule(*names("aten", "mean.dim amax amin sum.dim_IntList var.correction std.correction logsumexp"))
 def reduce(op: Op) -> Effect:
-    x = op.args.get("self", op.args.get("input"))
+    x = op.operand
     rank, dims = op.rank(x), op["dim"]
     dims = [dims] if isinstance(dims, int) else (list(range(rank)) if not dims else dims)
     reduced = sorted({d % rank for d in dims}) if rank else []
@@ -89,7 +89,12 @@ def pad(op: Op) -> Effect:
     return Pad(x, tuple(before), tuple(after), float(op["value"] or 0.0))
 
 
-@rule(*names("aten", "reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d"))
+@rule(
+    *names(
+        "aten",
+        "reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d",
+    )
+)
 def mirror(op: Op) -> Effect:
     return _inside(op, _spatial(op), keep)
 

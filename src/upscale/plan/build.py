@@ -51,9 +51,7 @@ class _Builder:
         layouts = {n.name: self._layout(n) for n in self.kept.stored}
         virtual = tuple(n.name for n in self.flow.nodes if n in self.kept.virtual)
         dead = tuple(n.name for n in self.flow.nodes if n not in self.flow.used and n.op == "call_function")
-        return Plan(
-            self.mode, layouts, self.reads, self.contractions, self.constants, virtual, dead, self._barriers()
-        )
+        return Plan(self.mode, layouts, self.reads, self.contractions, self.constants, virtual, dead, self._barriers())
 
     # -- layouts ------------------------------------------------------------------------------------------------
 

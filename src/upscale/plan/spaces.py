@@ -55,24 +55,25 @@ def _blocks(flow: Flow, kept: Kept) -> list[np.ndarray]:
     Sources are contractions, parameters and concatenations' fills: all places where channels begin. Keeping such a
     group together keeps every concatenated producer contiguous.
     """
-    signature: dict[int, list[int]] = defaultdict(list)
-    first: dict[int, tuple[int, int]] = {}
-    by_size = sorted(kept.stored, key=lambda n: -len(kept.order[n]))
-    for index, node in enumerate(by_size):
+    total = 1 + max((int(o.max()) for o in kept.order.values() if len(o)), default=0)
+    first = np.full(total, total, dtype=np.int64)  # when a class is met first, going from the widest tensor on
+    alive = np.zeros(total, dtype=bool)
+    signature = np.zeros(total, dtype=np.uint64)
+    met = 0
+    for node in sorted(kept.stored, key=lambda n: -len(kept.order[n])):
         classes = kept.order[node]
-        for position, c in enumerate(classes.tolist()):
-            first.setdefault(c, (index, position))
-    for index, node in enumerate(kept.stored):
+        alive[classes[kept.kept[node]]] = True
+        new, where = np.unique(classes[first[classes] == total], return_index=True)
+        first[new] = met + where
+        met += len(classes)
         if flow.nodes[node].kind in ("fresh", "concat"):
-            for c in set(kept.order[node].tolist()):
-                signature[c].append(index)
-    alive = np.zeros(1 + max(first, default=0), dtype=bool)
-    for node in kept.stored:
-        alive[kept.order[node][kept.kept[node]]] = True
-    groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
-    for c in sorted(first, key=first.__getitem__):
-        if alive[c]:
-            groups[tuple(signature.get(c, ()))].append(c)
+            held = np.unique(classes)
+            signature[held] = signature[held] * np.uint64(1_000_003) + np.uint64(met)
+    ordered = np.flatnonzero(alive)
+    ordered = ordered[np.argsort(first[ordered], kind="stable")]
+    groups: dict[int, list[int]] = defaultdict(list)
+    for c, s in zip(ordered.tolist(), signature[ordered].tolist(), strict=True):
+        groups[s].append(c)
     return [np.array(g) for g in groups.values()]
 
 

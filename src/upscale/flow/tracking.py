@@ -1,0 +1,69 @@
+"""Following channels through pure data movement."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from torch.fx import Node
+
+from . import labels as lab
+from .effects import Channels, Movement
+from .model import FlowNode, Link
+from .units import renumber
+
+
+class Tracker:
+    """Names what a movement did to channels, also across a chain that spreads them over several dimensions and
+    gathers them again, as a channel shuffle does."""
+
+    def __init__(self, shape: Callable[[Node], tuple[int, ...]], channels: Callable[[Node], Channels | None]) -> None:
+        self.shape, self.channels = shape, channels
+        self.scrambled: dict[Node, tuple[Node, lab.Run]] = {}  # node -> (ancestor with channels, movement since)
+        self.heads: dict[Node, Node] = {}  # scrambled node -> first node of its chain
+
+    def is_scrambled(self, node: Node) -> bool:
+        return node in self.scrambled
+
+    def ancestor(self, node: Node) -> Node:
+        """The nearest tensor behind ``node`` whose channels lie along one dimension."""
+        return self.scrambled[node][0] if node in self.scrambled else node
+
+    def heads_behind(self, nodes: Iterable[Node]) -> list[Node]:
+        return [self.heads[n] for n in nodes if n in self.scrambled]
+
+    def scramble(self, node: Node, effect: Movement) -> None:
+        """Remember that the channels of ``node`` lie over several dimensions."""
+        self.scrambled[node] = (self.ancestor(effect.operand), self._since(effect))
+        self.heads[node] = self.heads.get(effect.operand, node)
+
+    def moved(self, node: Node, effect: Movement, through: Node | None = None) -> FlowNode | None:
+        """Run the movement on labels of the ancestor: the same channels came out (``transit``), some of them
+        (``select``), or they lie over several dimensions (None). ``through``: the list that the result is picked from.
+        """
+        operand = effect.operand
+        ancestor, run = self.ancestor(operand), self._since(effect)
+        channels, shape = self.channels(ancestor), self.shape(ancestor)
+        if channels is None or channels.size == 1:
+            return None
+        moved = lab.summarise(run(lab.channel_labels(shape, channels.dim)))
+        if moved is None:
+            return None
+        merge = lab.merge_pattern(moved.positions, channels.size) if operand is ancestor else None
+        if merge not in (None, (1, 1)) and not isinstance(node.meta["val"].shape[moved.dim], int):
+            return None  # merged with a dimension whose size may change: positions mean nothing
+        if merge is not None and (merge == (1, 1) or channels.unit_count == channels.size):
+            link = Link(operand if through is None else through, channels.dim, moved.positions)
+            units = channels.units if merge == (1, 1) else moved.positions
+            return FlowNode(node, "transit", effect, Channels(moved.dim, units, channels.weak), (link,), merge=merge)
+        if lab.is_selection(run, shape, channels.dim, moved):
+            link = Link(ancestor, channels.dim, moved.positions)
+            units = renumber(channels.units[moved.positions])
+            return FlowNode(node, "select", effect, Channels(channels.dim, units, channels.weak), (link,))
+        return None
+
+    def _since(self, effect: Movement) -> lab.Run:
+        """The movement from the ancestor on."""
+        if effect.operand not in self.scrambled:
+            return effect.run
+        before, last = self.scrambled[effect.operand][1], effect.run
+        return lambda labels: last(before(labels))
