@@ -62,9 +62,7 @@ def test_set(name: str) -> Images:
         return Images(images.__getitem__, torch.from_numpy(labels), net.normalisation)
     with np.load(shared() / "data" / "imagenet_sample.npz", allow_pickle=False) as file:
         jpeg, offsets, labels = file["jpeg"], file["offsets"], file["labels"]
-    return Images(
-        lambda i: _decoded(jpeg[offsets[i] : offsets[i + 1]]), torch.from_numpy(labels), net.normalisation
-    )
+    return Images(lambda i: _decoded(jpeg[offsets[i] : offsets[i + 1]]), torch.from_numpy(labels), net.normalisation)
 
 
 test_set.__test__ = False  # type: ignore[attr-defined] # a name that pytest would collect

@@ -140,9 +140,7 @@ def test_layers_used_through_their_weight_only_are_seen() -> None:
             self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
 
         def forward(self, x: Tensor) -> Tensor:
-            return nn.functional.linear(
-                torch.relu(nn.functional.linear(x, self.b.weight)), self.a.weight, self.a.bias
-            )
+            return nn.functional.linear(torch.relu(nn.functional.linear(x, self.b.weight)), self.a.weight, self.a.bias)
 
     model = Functional()
     assert set(MaskingManager(model).skipped) == {"b"}
@@ -245,9 +243,7 @@ def test_ties_are_broken_by_the_order_of_channels() -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 2))
     for layer in model:
         nn.init.ones_(layer.weight)
-    assert [c.tolist() for c in MaskingManager(copy.deepcopy(model)).mask(0.5).masked.values()] == [
-        [0, 1, 2, 3]
-    ] * 2
+    assert [c.tolist() for c in MaskingManager(copy.deepcopy(model)).mask(0.5).masked.values()] == [[0, 1, 2, 3]] * 2
     everywhere = MaskingManager(model, is_global=True).mask(0.5).masked
     assert [c.tolist() for c in everywhere.values()] == [[0, 1, 2, 3, 4, 5, 6], [0]]
 
@@ -265,9 +261,7 @@ def test_global_ranking_compares_layers_after_normalising() -> None:
 def test_heuristics(residual: Residual) -> None:
     by_element = MaskingManager(copy.deepcopy(residual)).importance(torch.abs).mask(0.5)
     by_name = MaskingManager(copy.deepcopy(residual)).importance("l1").mask(0.5)
-    assert {n: c.tolist() for n, c in by_element.masked.items()} == {
-        n: c.tolist() for n, c in by_name.masked.items()
-    }
+    assert {n: c.tolist() for n, c in by_element.masked.items()} == {n: c.tolist() for n, c in by_name.masked.items()}
     last_first = MaskingManager(residual).importance(lambda w: -torch.arange(w.shape[1])).mask(0.5)
     assert last_first.masked["conv1"].tolist() == [4, 5, 6, 7]
     for bad in ("l3", None, 2):
@@ -334,11 +328,7 @@ def test_computed_weights_are_refused_by_name(residual: Residual) -> None:
     parametrizations.weight_norm(residual.conv2)
     with pytest.raises(UnsupportedModelError, match=r"conv2\.weight.*remove_parametrizations"):
         MaskingManager(residual)
-    assert (
-        MaskingManager(nn.Sequential(parametrizations.weight_norm(nn.Linear(3, 4)), nn.Linear(4, 2)))
-        .mask()
-        .masked
-    )
+    assert MaskingManager(nn.Sequential(parametrizations.weight_norm(nn.Linear(3, 4)), nn.Linear(4, 2))).mask().masked
 
 
 def test_tied_weights_are_one_layer() -> None:
@@ -373,9 +363,7 @@ def test_unused_layers_are_left_alone(residual: Residual) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_dtypes(residual: Residual, dtype: torch.dtype) -> None:
-    manager = MaskingManager(residual.to(dtype), example_inputs=torch.randn(2, 3, 8, 8, dtype=dtype)).mask(
-        0.5
-    )
+    manager = MaskingManager(residual.to(dtype), example_inputs=torch.randn(2, 3, 8, 8, dtype=dtype)).mask(0.5)
     assert len(manager.masked["conv1"]) == 4 and residual.conv1.weight.dtype == dtype
 
 
@@ -391,9 +379,7 @@ class TestConstrained:
         monkeypatch.setitem(sys.modules, "upscale.segments", module)
         return found
 
-    def test_all_members_zero_the_channels_with_the_lowest_sum(
-        self, residual: Residual, groups: list
-    ) -> None:
+    def test_all_members_zero_the_channels_with_the_lowest_sum(self, residual: Residual, groups: list) -> None:
         whole = torch.arange(8)
         groups += [
             [
@@ -465,7 +451,7 @@ class TestConstrained:
         assert len(channels) == 4 and torch.equal(model[1](x), model[1](louder))
 
     def test_a_layer_called_on_two_tensors_ties_them(self, residual: Residual, groups: list) -> None:
-        """conv1 reads channels of two segments through one weight; head and conv2 then have to agree as well."""
+        """conv1 reads two segments through one weight; head and conv2 then have to agree as well."""
         groups += [
             [("conv1", "input", torch.arange(8)), ("head", "input", torch.arange(8))],
             [("conv1", "input", torch.arange(8).flip(0)), ("conv2", "input", torch.arange(8))],

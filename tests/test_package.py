@@ -25,7 +25,7 @@ model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
 x = torch.randn(2, 3, 8, 8)
 upscale.MaskingManager(model, example_inputs=x).importance().mask(0.5)
 pruned = upscale.export(model, (x,))
-assert pruned[0].out_channels == 4
+assert pruned.get_submodule("0").out_channels == 4
 assert torch.allclose(pruned(x), model(x), atol=1e-5)
 print("works")
 """
@@ -46,9 +46,7 @@ def test_the_wheel_works_outside_the_checkout(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         archive.extractall(tmp_path / "site")
-    packages = {
-        path.parent.relative_to(ROOT / "src").as_posix() for path in (ROOT / "src").rglob("__init__.py")
-    }
+    packages = {path.parent.relative_to(ROOT / "src").as_posix() for path in (ROOT / "src").rglob("__init__.py")}
     assert {name.rsplit("/", 1)[0] for name in names if name.endswith("__init__.py")} == packages
     assert "upscale/py.typed" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)

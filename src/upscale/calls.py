@@ -89,11 +89,17 @@ OPERATORS: dict[Any, Callable[..., Any]] = {
 }
 
 
-def emit_call(graph: fx.Graph, node: fx.Node, lookup: Callable[[fx.Node], Any], anchor: fx.Node | None) -> fx.Node:
+def emit_call(
+    graph: fx.Graph,
+    node: fx.Node,
+    lookup: Callable[[fx.Node], Any],
+    anchor: fx.Node | None,
+    device: torch.device | None = None,
+) -> fx.Node:
     """Emit ``node`` in its most readable exact form.
 
     ``lookup`` gives what stands for a node of the program in ``graph``; ``anchor`` is an input tensor of the emitted
-    model, whose device new tensors follow.
+    model; new tensors that were made on its ``device`` at capture follow it to another.
     """
     args, kwargs = fx.node.map_arg(node.args, lookup), fx.node.map_arg(node.kwargs, lookup)
     target: Any = node.target
@@ -110,10 +116,12 @@ def emit_call(graph: fx.Graph, node: fx.Node, lookup: Callable[[fx.Node], Any], 
         return graph.call_function(FUNCTIONS[target], args, kwargs)
     if target in _FACTORIES and anchor is not None:
         return _factory(graph, node, args, kwargs, anchor)
+    if anchor is not None and device is not None and kwargs.get("device") == device:
+        kwargs = {**kwargs, "device": graph.call_function(getattr, (anchor, "device"))}
     return graph.call_function(target, args, kwargs)
 
 
-_FACTORIES = {
+_FACTORIES: dict[Any, tuple[str, int]] = {
     _aten.zeros.default: ("new_zeros", 1),
     _aten.ones.default: ("new_ones", 1),
     _aten.full.default: ("new_full", 2),
@@ -151,7 +159,7 @@ def _slice(graph: fx.Graph, node: fx.Node, lookup: Callable[[fx.Node], Any]) -> 
 
 
 def _index(graph: fx.Graph, node: fx.Node, lookup: Callable[[fx.Node], Any]) -> fx.Node:
-    indices = fx.node.map_arg(node.args[1], lookup)
+    indices: Any = fx.node.map_arg(node.args[1], lookup)
     place = tuple(slice(None) if index is None else index for index in indices)
     return graph.call_function(operator.getitem, (lookup(node.args[0]), place))  # type: ignore[arg-type]
 
@@ -178,7 +186,9 @@ def _embedding(graph: fx.Graph, node: fx.Node, lookup: Callable[[fx.Node], Any])
         "scale_grad_by_freq": argument(node, "scale_grad_by_freq"),
         "sparse": argument(node, "sparse"),
     }
-    return graph.call_function(F.embedding, (lookup(argument(node, "indices")), lookup(argument(node, "weight"))), options)
+    return graph.call_function(
+        F.embedding, (lookup(argument(node, "indices")), lookup(argument(node, "weight"))), options
+    )
 
 
 def _split(graph: fx.Graph, node: fx.Node, lookup: Callable[[fx.Node], Any]) -> fx.Node:

@@ -34,9 +34,7 @@ _TORCH = str(Path(torch.__file__).parent)
 class _Adaptor(nn.Module):
     """Calls the model with its arguments rebuilt from flat tensors; remembers how the result nests."""
 
-    def __init__(
-        self, model: nn.Module, arguments: Sequence[Argument], found: Callable[[Tree], None]
-    ) -> None:
+    def __init__(self, model: nn.Module, arguments: Sequence[Argument], found: Callable[[Tree], None]) -> None:
         super().__init__()
         self.model = model
         self.arguments = arguments
@@ -151,9 +149,7 @@ def _export_once(
         # Without gradients ``with torch.no_grad()`` in the model leaves no nested graph, and writes through the
         # results of chunk and split are legal; the nodes are the same otherwise.
         warnings.simplefilter("ignore")
-        exported = torch.export.export(
-            adaptor, tuple(leaves), dynamic_shapes=(tuple(shapes),), strict=False
-        )
+        exported = torch.export.export(adaptor, tuple(leaves), dynamic_shapes=(tuple(shapes),), strict=False)
     return exported, outputs[-1]
 
 
@@ -172,9 +168,7 @@ def _batch_is_fixed(exported: ExportedProgram, shapes: Sequence[Any]) -> bool:
     return bool(free) and not any(free)
 
 
-def _program(
-    model: nn.Module, arguments: tuple[Argument, ...], names: tuple[str, ...], export: _Export
-) -> Program:
+def _program(model: nn.Module, arguments: tuple[Argument, ...], names: tuple[str, ...], export: _Export) -> Program:
     """Everything after ``torch.export``: one functional graph, folded constants and weights, guards."""
     fakes = _inputs_of(export.exported)
     guards, missing = size_guards(fakes, names, export.exported.range_constraints)
@@ -231,7 +225,8 @@ def _spare(
 def _dropped(model: nn.Module, tensors: Mapping[str, torch.Tensor], executed: set[str]) -> list[str]:
     """Notes on modules that evaluation never runs: their weights are not exported."""
     used = {name.rpartition(".")[0] for name in tensors}
-    unused, training = [], []
+    unused: list[str] = []
+    training: list[str] = []
     for path, module in model.named_modules():
         if path in executed or any(owner == path or owner.startswith(f"{path}.") for owner in used):
             continue
@@ -303,9 +298,7 @@ def _restore(module: nn.Module, attributes: Mapping[str, tuple[Any, Any]]) -> No
             value.update(contents)
 
 
-def _blame_example(
-    model: nn.Module, arguments: tuple[Argument, ...], leaves: Sequence[torch.Tensor]
-) -> None:
+def _blame_example(model: nn.Module, arguments: tuple[Argument, ...], leaves: Sequence[torch.Tensor]) -> None:
     """Raise InputError if the model itself cannot run on the example; buffers it writes to are put back."""
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     args, kwargs = call_with(arguments, [leaf.clone() for leaf in leaves])
@@ -354,5 +347,3 @@ def _source_line(error: BaseException) -> str:
         return ""
     last = frames[-1]
     return f" (at {last.filename}:{last.lineno}: {last.line})"
-
-

@@ -6,6 +6,7 @@ Parameters and buffers are never folded: they stay trainable and loadable.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -94,8 +95,8 @@ class _Evaluator:
                 if node in self.constant:
                     self._run(node)
                 elif any(used in self.constant for used in node.all_input_nodes):
-                    node.args = fx.node.map_arg(node.args, lambda used, at=node: self._read(used, at))
-                    node.kwargs = fx.node.map_arg(node.kwargs, lambda used, at=node: self._read(used, at))
+                    read = functools.partial(self._read, reader=node)
+                    node.args, node.kwargs = fx.node.map_arg(node.args, read), fx.node.map_arg(node.kwargs, read)
         for node in reversed(list(self.imported.graph.nodes)):
             if node in self.constant and not node.users:
                 self.imported.graph.erase_node(node)

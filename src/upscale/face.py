@@ -16,6 +16,7 @@ from torch import fx
 from upscale.guards import Size
 from upscale.signature import Branch, Const, Leaf, Signature, Tree, access
 
+_STARS: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
 _PLAIN = (type(None), bool, int, float, str)
 
 
@@ -24,7 +25,7 @@ def emit_inputs(graph: fx.Graph, signature: Signature, ranks: list[int]) -> list
     nodes: dict[str, fx.Node] = {}
     defaulted = False
     for argument in signature.arguments:
-        prefix = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}.get(argument.kind, "")
+        prefix = _STARS.get(argument.kind, "")
         default: tuple[Any, ...] = ()
         if not prefix:
             if argument.default is not inspect.Parameter.empty:
@@ -32,7 +33,9 @@ def emit_inputs(graph: fx.Graph, signature: Signature, ranks: list[int]) -> list
             elif defaulted:  # keyword-only without default behind one with: it must be given, which is checked
                 default = (None,)
             defaulted = defaulted or bool(default)
-        node = graph.placeholder(prefix + argument.name, default_value=default[0] if default else inspect.Parameter.empty)
+        node = graph.placeholder(
+            prefix + argument.name, default_value=default[0] if default else inspect.Parameter.empty
+        )
         nodes[argument.name] = node
     leaves: dict[int, fx.Node] = {}
     for argument in signature.arguments:

@@ -80,7 +80,9 @@ class _Functionaliser:
                 continue
             if base.op == "placeholder":
                 name = names[inputs.index(base)]
-                self.notes.append(f"input {name!r} is written in place by the model; the exported model leaves it alone")
+                self.notes.append(
+                    f"input {name!r} is written in place by the model; the exported model leaves it alone"
+                )
             elif base.op == "get_attr":
                 kind = self.imported.kinds[str(base.target)]
                 if kind == "buffer":
@@ -228,7 +230,9 @@ def _functional_target(node: fx.Node) -> Any:
 
 
 def _types(target: Any) -> list[tuple[str, str]]:
-    return [(a.name, str(a.type)) for a in target._schema.arguments]
+    """Names and types of an operator's arguments; the first is not always called the same."""
+    arguments = target._schema.arguments
+    return [("", str(arguments[0].type)), *((a.name, str(a.type)) for a in arguments[1:])]
 
 
 def _drop_aliases(graph: fx.Graph) -> None:

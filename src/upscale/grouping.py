@@ -44,9 +44,7 @@ def tied_groups(segments: Segments, side: str, layers: Container[str]) -> list[G
     for segment in segments:
         starts.append(starts[-1] + (len(segment[0][2]) if segment else 0))
     channels, groups = _Sets(starts[-1]), _Sets(len(segments))
-    first: dict[
-        tuple[str, int], tuple[int, int]
-    ] = {}  # a place of a layer -> the segment and channel found first
+    first: dict[tuple[str, int], tuple[int, int]] = {}  # a place of a layer -> the segment and channel found first
     for s, segment in enumerate(segments):
         for layer, member_side, index in segment:
             if member_side == side and layer in layers:

@@ -134,7 +134,7 @@ def size_guards(
                 message = f"was captured with size {number} in dimension {dim} and takes no other; {_hint(dim)}"
                 guards.append(Guard(here.same(number), text + message))
                 continue
-            expression = size.node.expr
+            expression: Any = size.node.expr  # type: ignore[attr-defined]
             if not isinstance(expression, sympy.Symbol):
                 derived.append((leaf, dim, expression))
             elif expression not in known:
@@ -142,7 +142,9 @@ def size_guards(
                 guards.extend(_bounds(here, ranges.get(expression), text))
             else:
                 other = known[expression]
-                message = f"must have in dimension {dim} the size that {names[other.leaf]!r} has in dimension {other.dim}"
+                message = (
+                    f"must have in dimension {dim} the size that {names[other.leaf]!r} has in dimension {other.dim}"
+                )
                 guards.append(Guard(here.same(other), text + message))
     for leaf, dim, expression in derived:
         guard = _derived_guard(Size(leaf, dim), expression, known, names)
@@ -164,9 +166,7 @@ def _bounds(here: Size, values: Any, text: str) -> list[Guard]:
     return guards
 
 
-def _derived_guard(
-    here: Size, expression: Any, known: dict[Any, Size], names: Sequence[str]
-) -> list[Guard] | None:
+def _derived_guard(here: Size, expression: Any, known: dict[Any, Size], names: Sequence[str]) -> list[Guard] | None:
     """``here`` has the size ``expression``; a symbol that nothing else defines is defined by it."""
     text = f"upscale: input {names[here.leaf]!r} was captured with size {expression} in dimension {here.dim}"
     unknown = [symbol for symbol in expression.free_symbols if symbol not in known]
@@ -249,7 +249,7 @@ def text_guards(
     unread: list[str] = []
     for text in dict.fromkeys(texts):
         try:
-            condition = eval(text, {"__builtins__": {}}, scope)  # noqa: S307 - text made by torch
+            condition = eval(text, {"__builtins__": {}}, scope)
         except Exception:
             if any(f"[{leaf}].size()[{dim}]" in text for leaf, dim in free):
                 unread.append(text)
@@ -275,9 +275,7 @@ def text_guards(
             guards.append(Guard(Size(*key) >= bound, message))
         guards.extend(_literal(condition, text, parameter, names) for condition, text in rest)
     guards.extend(
-        _literal(condition, text, parameter, names)
-        for condition, text in joint
-        if not _holds_jointly(condition, lower)
+        _literal(condition, text, parameter, names) for condition, text in joint if not _holds_jointly(condition, lower)
     )
     return guards, unread
 
@@ -288,9 +286,7 @@ def _literal(condition: Size, text: str, parameter: str, names: Sequence[str]) -
     return Guard(condition, f"upscale: the captured graph is valid only where {text}")
 
 
-def _condense(
-    key: tuple[int, int], conditions: list[tuple[Size, str]]
-) -> tuple[int, list[tuple[Size, str]]]:
+def _condense(key: tuple[int, int], conditions: list[tuple[Size, str]]) -> tuple[int, list[tuple[Size, str]]]:
     """The least size from which on conditions hold without exception, and those that fail beyond any such bound."""
     probe = torch.cat([torch.arange(1, _PROBES + 1), torch.tensor(_LARGE)])
     bound: int = 1

@@ -186,9 +186,7 @@ def slot_nodes(node: fx.Node) -> dict[str, Any]:
     return {slot: value for slot, value in found.items() if value is not None}
 
 
-def layer_call(
-    node: fx.Node, tensors: Mapping[str, torch.Tensor], original: nn.Module | None
-) -> LayerCall | None:
+def layer_call(node: fx.Node, tensors: Mapping[str, torch.Tensor], original: nn.Module | None) -> LayerCall | None:
     """How a layer would make this call; None where none can. All its tensors must be ``get_attr`` nodes."""
     rule, data, _ = _RULES[node.target]
     slots = slot_nodes(node)
@@ -199,7 +197,7 @@ def layer_call(
         return None
 
     def tensor(value: Any) -> torch.Tensor | None:
-        return tensors[value.target] if isinstance(value, fx.Node) else None
+        return tensors[str(value.target)] if isinstance(value, fx.Node) else None
 
     if "weight" not in slots and node.target not in (_aten.batch_norm.default, _aten.instance_norm.default):
         return None
@@ -223,9 +221,17 @@ def build_layer(call: LayerCall, tensors: Mapping[str, torch.Tensor]) -> nn.Modu
 
 #: Parameterless ``torch.nn`` layers that can be emitted as they are, with the operators their ``forward`` may be.
 PLAIN_LAYERS: dict[type[nn.Module], set[str]] = {
-    **{getattr(nn, f"{kind}Pool{d}d"): {f"{op}_pool{d}d"} for kind, op in (("Max", "max"), ("Avg", "avg")) for d in (1, 2, 3)},
+    **{
+        getattr(nn, f"{kind}Pool{d}d"): {f"{op}_pool{d}d"}
+        for kind, op in (("Max", "max"), ("Avg", "avg"))
+        for d in (1, 2, 3)
+    },
     **{getattr(nn, f"AdaptiveAvgPool{d}d"): {f"adaptive_avg_pool{d}d"} for d in (1, 2, 3)},
-    **{getattr(nn, f"{kind}Pad{d}d"): {"pad", "constant_pad_nd"} for kind in ("Zero", "Reflection", "Replication", "Constant") for d in (1, 2, 3)},
+    **{
+        getattr(nn, f"{kind}Pad{d}d"): {"pad", "constant_pad_nd"}
+        for kind in ("Zero", "Reflection", "Replication", "Constant")
+        for d in (1, 2, 3)
+    },
     **{kind: {"dropout"} for kind in (nn.Dropout,)},
     **{kind: {"feature_dropout"} for kind in (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)},
     nn.AlphaDropout: {"alpha_dropout"},
@@ -255,7 +261,15 @@ PLAIN_LAYERS: dict[type[nn.Module], set[str]] = {
     nn.PixelShuffle: {"pixel_shuffle"},
     nn.PixelUnshuffle: {"pixel_unshuffle"},
     nn.ChannelShuffle: {"channel_shuffle", "native_channel_shuffle"},
-    nn.Upsample: {"upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_linear1d", "upsample_bilinear2d", "upsample_bicubic2d", "upsample_trilinear3d"},
+    nn.Upsample: {
+        "upsample_nearest1d",
+        "upsample_nearest2d",
+        "upsample_nearest3d",
+        "upsample_linear1d",
+        "upsample_bilinear2d",
+        "upsample_bicubic2d",
+        "upsample_trilinear3d",
+    },
     nn.Unfold: {"im2col"},
     nn.Fold: {"col2im"},
 }

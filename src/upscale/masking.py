@@ -85,9 +85,7 @@ class MaskingManager:
             raise InputError(f"is_global must be True or False, not {is_global!r}")
         self._is_global = is_global
         self._layers = _find_layers(self._model)
-        self._norms = {
-            n: m for n, m in self._model.named_modules() if isinstance(m, _BATCH_NORMS) and m.affine
-        }
+        self._norms = {n: m for n, m in self._model.named_modules() if isinstance(m, _BATCH_NORMS) and m.affine}
         self.skipped: dict[str, str] = {}
         self.masked: dict[str, Tensor] = {}
         self._scores: dict[str, Tensor] | None = None
@@ -95,9 +93,7 @@ class MaskingManager:
         self._protected = self._find_protected()
         self._groups = self._constrained() if self._method == "constrained" else self._unconstrained()
         for name in {name for group in self._groups for name in group.members}:
-            _refuse_computed(
-                name, self._layers[name], ("weight", "bias") if self._side == "output" else ("weight",)
-            )
+            _refuse_computed(name, self._layers[name], ("weight", "bias") if self._side == "output" else ("weight",))
 
     def importance(self, heuristic: Heuristic = "l2") -> MaskingManager:
         """Score every channel; the lowest scores are masked first. Returns ``self``.
@@ -132,17 +128,13 @@ class MaskingManager:
         if self._is_global:
             picked = pick_globally(self._groups, scores, share)
         else:
-            picked = [
-                pick([(group, score)], share)[0] for group, score in zip(self._groups, scores, strict=True)
-            ]
+            picked = [pick([(group, score)], share)[0] for group, score in zip(self._groups, scores, strict=True)]
         self.masked = self._layer_channels(picked)
         for name, channels in self.masked.items():
             self._zero(name, channels)
         return self
 
-    def _look(
-        self, example_inputs: Any
-    ) -> tuple[tuple[tuple[Any, ...], dict[str, Any]] | None, Observation | None]:
+    def _look(self, example_inputs: Any) -> tuple[tuple[tuple[Any, ...], dict[str, Any]] | None, Observation | None]:
         """Run the model once on the given inputs, or on guessed images: (the inputs, what was seen)."""
         if example_inputs is not None:
             args, kwargs = _as_call(example_inputs)

@@ -104,9 +104,7 @@ class _Tracer(TorchDispatchMode):
     the run.
     """
 
-    def __init__(
-        self, model: nn.Module, layers: Mapping[str, nn.Module], norms: Mapping[str, nn.Module]
-    ) -> None:
+    def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module], norms: Mapping[str, nn.Module]) -> None:
         super().__init__()
         self.seen = Observation()
         self._origins: dict[int, _Origin] = {}
@@ -115,9 +113,7 @@ class _Tracer(TorchDispatchMode):
         self._weights = {p.data_ptr(): _Origin(weight="") for p in model.parameters() if p.ndim > 1}
         for name, module in layers.items():
             # All of a layer's matrices: its weight may be computed from others (weight norm, pruning masks).
-            self._weights.update(
-                (p.data_ptr(), _Origin(weight=name)) for p in module.parameters() if p.ndim > 1
-            )
+            self._weights.update((p.data_ptr(), _Origin(weight=name)) for p in module.parameters() if p.ndim > 1)
 
     @contextlib.contextmanager
     def reading(self, inputs: Any) -> Iterator[None]:

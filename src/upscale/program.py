@@ -48,9 +48,7 @@ def run(program: Program, inputs: Sequence[torch.Tensor]) -> tuple[Any, ...]:
         return interpret(program.graph, program.tensors, inputs)
 
 
-def interpret(
-    graph: fx.Graph, tensors: Mapping[str, torch.Tensor], inputs: Sequence[torch.Tensor]
-) -> tuple[Any, ...]:
+def interpret(graph: fx.Graph, tensors: Mapping[str, torch.Tensor], inputs: Sequence[torch.Tensor]) -> tuple[Any, ...]:
     """Run ``graph`` node by node; ``inputs`` are its placeholders in order."""
     last_use: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:

@@ -16,7 +16,16 @@ from torch import fx, nn
 from upscale.aliases import argument, is_idle_dropout, targets_of
 from upscale.calls import emit_call
 from upscale.face import emit_inputs, emit_output
-from upscale.layers import PLAIN_LAYERS, LayerCall, build_layer, clone_plain, is_plain, layer_call, may_be_layer, slot_nodes
+from upscale.layers import (
+    PLAIN_LAYERS,
+    LayerCall,
+    build_layer,
+    clone_plain,
+    is_plain,
+    layer_call,
+    may_be_layer,
+    slot_nodes,
+)
 from upscale.program import Program, module_path
 from upscale.tree import Names, Tensors, Tree
 
@@ -125,7 +134,7 @@ def _choose_plain(program: Program, names: Names) -> tuple[dict[fx.Node, str], d
         (node, *others) = nodes
         path = names.path.get(module_path(node), "")
         module = program.modules.get(path)
-        if others or not path or not is_plain(module) or node.meta.get("rewritten"):
+        if others or not path or module is None or not is_plain(module) or node.meta.get("rewritten"):
             continue
         operators = PLAIN_LAYERS.get(type(module), set())
         if not isinstance(node.target, torch._ops.OpOverload):
@@ -207,7 +216,8 @@ class _Emitter:
             return self.graph.call_module(self.plain_calls[node], (self._value(node.all_input_nodes[0]),))
         if is_idle_dropout(node):
             return self._dropout(node)
-        return emit_call(self.graph, node, self._value, self.anchor)
+        device = self.program.inputs[0].device if self.program.inputs else None
+        return emit_call(self.graph, node, self._value, self.anchor, device)
 
     def _dropout(self, node: fx.Node) -> Any:
         """Functional dropout, idle in eval mode, as a layer that works again after ``train()``."""

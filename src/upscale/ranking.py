@@ -61,9 +61,7 @@ def _called(name: str, layer: nn.Module, side: Side, heuristic: Callable[[Tensor
     if isinstance(scores, Tensor) and scores.shape == (channels,):
         return scores.detach()
     got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-    raise InputError(
-        f"{name}: a heuristic returns a tensor of shape {tuple(weight.shape)} or ({channels},), not {got}"
-    )
+    raise InputError(f"{name}: a heuristic returns a tensor of shape {tuple(weight.shape)} or ({channels},), not {got}")
 
 
 def group_scores(group: Group, scores: Mapping[str, Tensor]) -> Tensor:

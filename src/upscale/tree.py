@@ -113,6 +113,7 @@ class Tree:
         self.owners = self._owners([*program.tensors, *layers])
         self.emitted: dict[str, str] = {}  # name in the program -> name in the emitted model
         self._memo: dict[int, nn.Module | None] = {}
+        self._constants: tuple[str, nn.Module] | None = None
         self.root = nn.Module()
 
     def _owners(self, names: Iterable[str]) -> set[str]:
@@ -207,6 +208,16 @@ class Tree:
         else:
             owner.register_buffer(leaf, tensor, persistent=persistent)
 
+    def _root_constants(self) -> tuple[str, nn.Module]:
+        """Name and module of the child that stands in for the root."""
+        if self._constants is None:
+            name = ROOT_CONSTANTS
+            while hasattr(self.root, name):
+                name += "_"
+            self._constants = name, nn.Module().eval()
+            self.root.add_module(*self._constants)
+        return self._constants
+
     def _place_elsewhere(self, name: str, persistent: bool) -> str:
         """A tensor whose owner is gone, or a buffer of the root that is not persistent."""
         path, _, leaf = name.rpartition(".")
@@ -215,14 +226,7 @@ class Tree:
         owner = self.at(path)
         assert owner is not None
         if not path and not persistent:
-            path = ROOT_CONSTANTS
-            while path in self.root._modules and not getattr(self.root._modules[path], "_upscale_new", False):
-                path += "_"
-            if path not in self.root._modules:
-                self.root.add_module(path, nn.Module().eval())
-                self.root._modules[path]._upscale_new = True  # type: ignore[union-attr, assignment]
-            owner = self.root._modules[path]
-            assert owner is not None
+            path, owner = self._root_constants()
         leaf = leaf or "tensor"
         while hasattr(owner, leaf):
             leaf += "_"

@@ -62,7 +62,8 @@ def undo_view(view: fx.Node, source: fx.Node, value: fx.Node, new: fx.Node, inse
     if target in _SELF_INVERSE:
         return insert(target, (new, *view.args[1:]), {}, source)
     if target is _aten.permute.default:
-        order = [dim % len(view.args[1]) for dim in view.args[1]]  # type: ignore[arg-type, union-attr]
+        dims: Any = view.args[1]
+        order = [dim % len(dims) for dim in dims]
         inverse = [order.index(dim) for dim in range(len(order))]
         return insert(target, (new, inverse), {}, source)
     if target in (_aten.movedim.int, _aten.movedim.intlist):

@@ -18,6 +18,7 @@ from upscale.program import module_path
 
 _aten = torch.ops.aten
 
+_MOST_NOTES = 5
 _WEIGHT_BIAS = {1: "weight", 2: "bias"}
 #: Position of weight and bias in the arguments of each layer operator.
 SLOTS: dict[Any, dict[int, str]] = {
@@ -62,7 +63,11 @@ def fold_weight_slots(imported: Imported) -> list[str]:
         node.update_arg(position, made[name])
         notes.append(f"{name} is computed from {', '.join(sorted(sources))}: exported as one parameter")
         imported.consumed |= sources - set(imported.tensors)
-    return list(dict.fromkeys(notes))
+    notes = list(dict.fromkeys(notes))
+    more = len(notes) - _MOST_NOTES
+    return (
+        notes if more <= 0 else [*notes[:_MOST_NOTES], f"{more} more weights are computed: exported as parameters too"]
+    )
 
 
 def _fixed_nodes(imported: Imported) -> set[fx.Node]:

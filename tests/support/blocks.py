@@ -98,8 +98,9 @@ class Dense(nn.Module):
                 parts += [kit.conv(c, growth, 3, bias=False)]
             self.layers.append(nn.Sequential(*parts))
             c += growth
-        self.transition = nn.Sequential(kit.bn(c), nn.ReLU(), kit.conv(c, c // 2, 1), kit.make("AvgPool", 2, 1))
-        self.transit = transition
+        self.transition = nn.Identity()
+        if transition:
+            self.transition = nn.Sequential(kit.bn(c), nn.ReLU(), kit.conv(c, c // 2, 1), kit.make("AvgPool", 2, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         """Grow the list of features."""
@@ -111,7 +112,7 @@ class Dense(nn.Module):
             else:
                 features.insert(0 if self.front else len(features), new)
         x = torch.cat(features, 1)
-        return self.transition(x) if self.transit else x
+        return self.transition(x)
 
 
 class Inception(nn.Module):

@@ -67,6 +67,8 @@ class _Liveness:
                 self._need_all(n) if reads_values(node) else self._need_one(n)
         elif flow.kind != "param":
             self._through(node, flow)
+        if flow.kind == "select":
+            return  # read through its link: the movements in between are never executed
         for n in node.all_input_nodes:  # weights, sizes, masks without channels
             if n in self.nodes and self.nodes[n].channels is None:
                 self._mark_plain(node, n)
@@ -216,7 +218,9 @@ class _Liveness:
             if node.op == "placeholder":
                 depends[node] = is_tensor(node)
                 continue
-            inputs = [n for n in node.all_input_nodes if (node, n) not in self.replaced]
+            direct = node.all_input_nodes if flow.kind in ("opaque", "barrier") else ()
+            sources = (*direct, *(link.operand for link in flow.links), *(n for n, _ in flow.whole))
+            inputs = [n for n in sources if (node, n) not in self.replaced]
             answer = node in self.used and any(depends.get(n, False) for n in inputs)
             own = self.constants.get(node)
             if answer and own is not None and bool(own.known.all()):
