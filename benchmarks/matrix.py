@@ -104,7 +104,9 @@ class Subject:
         """Mask, export, compare. Never raises: what went wrong is in the row."""
         row = Row(self.name, case.name)
         try:
-            self.model.load_state_dict(self._saved)
+            with torch.no_grad():
+                for key, value in self.model.state_dict().items():
+                    value.copy_(self._saved[key])
             case.apply(self.model, self.example)
             self._export_and_compare(row)
         except Exception as error:  # a row for each failure is the point of this table
@@ -197,7 +199,8 @@ def _in_own_process(name: str, cases: Sequence[Case], reads: str) -> Iterator[Ro
 def table(rows: Sequence[Row]) -> str:
     """All rows as text, one line each."""
     lines = [
-        f"{'network':20} {'mask':24} {'outcome':8} {'rel err':>8} {'params':>7} {'FLOPs':>7} {'s':>6} {'MB':>6}  reads, detail"
+        f"{'network':20} {'mask':24} {'outcome':8} {'rel err':>8} {'params':>7} {'FLOPs':>7} {'s':>6} {'MB':>6}"
+        "  reads, detail"
     ]
     for row in rows:
         lines.append(
@@ -208,12 +211,8 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--networks", nargs="+", default=None, metavar="NAME", help="default: all of the list"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", default=None, metavar="NAME", help="default: all of the list")
     parser.add_argument("--masks", nargs="+", default=None, metavar="MASK", help="such as input-25 both-50")
     parser.add_argument("--subset", choices=["ci"], help="the few networks and masks that CI runs")
     parser.add_argument("--reads", default="auto", choices=["auto", "gather", "baseline"])

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
+import upscale
+from upscale import measure
 from upscale.errors import InputError, NonFiniteError, NothingToPruneError, UnsupportedModelError
 from upscale.masking import MaskingManager
 
@@ -459,3 +461,43 @@ class TestConstrained:
         masked = MaskingManager(residual, method="constrained").mask(0.5).masked
         assert masked["conv1"].tolist() == masked["head"].tolist()
         assert masked["conv2"].tolist() == sorted(7 - c for c in masked["conv1"].tolist())
+
+
+class TestConstrainedGraph:
+    """With the groups of a real graph: readers of one tensor agree, and the export needs no copy."""
+
+    @pytest.mark.parametrize("side", ["input", "output"])
+    def test_members_of_a_residual_stream_agree(self, residual: Residual, side: str) -> None:
+        x = torch.randn(2, 3, 8, 8)
+        manager = MaskingManager(residual, side=side, method="constrained", example_inputs=x).mask(0.5)
+        agreeing = ("conv1", "head") if side == "input" else ("stem", "conv2")
+        assert len({tuple(manager.masked[name].tolist()) for name in agreeing}) == 1
+        assert len(manager.masked[agreeing[0]]) == 4
+        pruned = upscale.export(residual.eval(), (x,))
+        assert measure.copies(pruned, x[:1]).bytes == measure.copies(residual, x[:1]).bytes
+        assert pruned.conv1.in_channels == 4 and pruned.conv2.in_channels == 6 and pruned.stem.out_channels == 4
+
+    def test_unconstrained_readers_disagree_and_copy(self, residual: Residual) -> None:
+        """The counterpart, without which the test above would show nothing."""
+        x = torch.randn(2, 3, 8, 8)
+        manager = MaskingManager(residual, example_inputs=x).mask(0.5)
+        assert manager.masked["conv1"].tolist() != manager.masked["head"].tolist()
+        pruned = upscale.export(residual.eval(), (x,), reads="gather")
+        assert measure.copies(pruned, x[:1]).bytes > measure.copies(residual, x[:1]).bytes
+
+    def test_parts_of_a_joined_tensor(self) -> None:
+        class Joined(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.a, self.b = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 4, 1)
+                self.out, self.last = nn.Conv2d(10, 5, 1), nn.Conv2d(5, 2, 1)
+
+            def forward(self, x: Tensor) -> Tensor:
+                x = torch.relu(self.a(x))
+                return self.last(torch.relu(self.out(torch.cat([self.b(x), x], 1))))
+
+        model, x = Joined().eval(), torch.randn(2, 3, 4, 4)
+        masked = MaskingManager(model, method="constrained", example_inputs=x).mask(0.5).masked
+        assert [c + 4 for c in masked["b"].tolist()] == [c for c in masked["out"].tolist() if c >= 4]
+        pruned = upscale.export(model, (x,))
+        assert measure.copies(pruned, x[:1]).by_op.keys() <= {"cat"}

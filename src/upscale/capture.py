@@ -73,9 +73,19 @@ def capture(
         raise InputError(f"args must be a tuple of example inputs, not {type(args).__name__}")
     arguments, leaves, names = bind(model.forward, args, kwargs or {})
     leaves = [leaf.detach() for leaf in leaves]
+    _check_example(leaves, names)
     with _borrowed(model):
         export = _export(model, arguments, leaves, dynamic_shapes)
         return _program(model, arguments, names, export)
+
+
+def _check_example(leaves: Sequence[torch.Tensor], names: Sequence[str]) -> None:
+    """An empty or NaN example proves nothing about the model."""
+    for leaf, name in zip(leaves, names, strict=True):
+        if not leaf.numel():
+            raise InputError(f"example input {name!r} is empty: its shape is {tuple(leaf.shape)}")
+        if leaf.is_floating_point() and bool(leaf.isnan().any()):
+            raise InputError(f"example input {name!r} holds NaN")
 
 
 @dataclass

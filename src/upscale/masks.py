@@ -26,6 +26,8 @@ def checked(name: str, pairs: Named | None) -> tuple[tuple[str, int], ...]:
     """``pairs`` as (parameter name, channel index) with everything else refused."""
     if pairs is None:
         return ()
+    if isinstance(pairs, (str, bytes)) or not isinstance(pairs, Iterable):
+        raise InputError(f"{name} must be a list of (parameter name, channel) pairs, not {pairs!r}")
     found = []
     for pair in pairs:
         if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and isinstance(pair[0], str)):
@@ -128,10 +130,12 @@ def _replace(old: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return torch.nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, torch.nn.Parameter) else new
 
 
-def grown(program: Program, flow: Flow) -> Program:
+def grown(program: Program, flow: Flow) -> tuple[Program, dict[str, torch.Tensor]]:
     """Zero more columns until all readers of a shared channel agree: what one of them does not read, none does.
 
-    A channel also goes where one of its producers writes zero. Channels that a barrier or the model output reads stay.
+    A channel also goes where one of its producers writes zero. Channels that a barrier or the model output reads stay,
+    and so do the columns for them: leaving those out would take a copy. Returns the program and, per weight, the zeros
+    that count (bool, the weight's shape).
     """
     shared = sharing(flow)
     gone = np.zeros(len(shared.segment), dtype=bool)
@@ -140,19 +144,20 @@ def grown(program: Program, flow: Flow) -> Program:
         gone[classes[classes >= 0]] = True
     gone &= ~shared.pinned
     tensors = dict(program.tensors)
+    counted: dict[str, torch.Tensor] = {}
     for port in shared.ports:
-        if port.side != "input":
-            continue
         effect = flow.nodes[port.node].effect
-        assert isinstance(effect, Contract) and effect.weight_in is not None
-        mask = torch.from_numpy((port.classes >= 0) & gone[port.classes])
-        if not bool(mask.any()):
-            continue
-        weight = tensors[str(effect.weight.target)]
-        shape = [1] * weight.ndim
-        shape[effect.weight_in] = -1
-        tensors[str(effect.weight.target)] = _replace(weight, mask.view(shape).expand(weight.shape))
-    return replace(program, tensors=tensors)
+        assert isinstance(effect, Contract)
+        name = str(effect.weight.target)
+        dim = effect.weight_in if port.side == "input" else effect.weight_out
+        columns = torch.from_numpy((port.classes >= 0) & gone[port.classes])
+        shape = [1] * tensors[name].ndim
+        shape[dim or 0] = -1
+        mask = columns.view(shape).expand(tensors[name].shape)
+        if port.side == "input":
+            tensors[name] = _replace(tensors[name], mask)
+        counted[name] = counted.get(name, torch.zeros(mask.shape, dtype=torch.bool)) | (mask & (tensors[name] == 0).cpu())
+    return replace(program, tensors=tensors), counted
 
 
 def _used(program: Program, flow: Flow, port: Port) -> np.ndarray:

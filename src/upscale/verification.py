@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .errors import VerificationError
+from .errors import InputError, VerificationError
 from .plan import Plan
 from .program import Program, interpret, run, where
 
@@ -58,11 +58,15 @@ def verify(
 
     Raises:
         VerificationError: they differ; the message names the first layer that does.
+        InputError: the masked model fails on the example (a wrong dtype, say).
     """
     started = time.perf_counter()
     worst, batches, tolerance = 0.0, [], _tolerance(masked)
     for inputs in example_inputs(masked):
-        expected = run(masked, inputs)
+        try:
+            expected = run(masked, inputs)
+        except RuntimeError as error:
+            raise InputError(f"the masked model itself does not run on inputs like the example: {error}") from error
         with torch.no_grad():
             actual = call(inputs)
         errors = [relative_error(a, b) for a, b in zip(expected, actual, strict=True)]

@@ -5,18 +5,29 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from support.parts import ACTS, Kit, norm, shuffle
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from support.parts import ACTS, Kit, norm, shuffle
 
 
 class ConvNorm(nn.Module):
     """Convolution, norm and activation in one of four orders."""
 
     def __init__(
-        self, kit: Kit, c: int, out: int = 6, kernel: int = 3, stride: int = 1, mode: str = "zeros", bias: bool = True,
-        normal: str = "bn", act: str = "relu", order: str = "cna", dilation: int = 1,
-    ) -> None:  # fmt: skip
+        self,
+        kit: Kit,
+        c: int,
+        out: int = 6,
+        kernel: int = 3,
+        stride: int = 1,
+        mode: str = "zeros",
+        bias: bool = True,
+        normal: str = "bn",
+        act: str = "relu",
+        order: str = "cna",
+        dilation: int = 1,
+    ) -> None:
         super().__init__()
         self.order = order
         self.conv = kit.conv(c, out, kernel, stride=stride, padding_mode=mode, bias=bias, dilation=dilation)
@@ -34,9 +45,19 @@ class Residual(nn.Module):
     """Basic, bottleneck or pre-activation residual block with three kinds of shortcut."""
 
     def __init__(
-        self, kit: Kit, c: int, kind: str = "basic", shortcut: str = "conv", stride: int = 1, grow: int = 0,
-        act: str = "relu", inplace: bool = True, normal: str = "bn", last: bool = True, flip: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        kit: Kit,
+        c: int,
+        kind: str = "basic",
+        shortcut: str = "conv",
+        stride: int = 1,
+        grow: int = 0,
+        act: str = "relu",
+        inplace: bool = True,
+        normal: str = "bn",
+        last: bool = True,
+        flip: bool = False,
+    ) -> None:
         super().__init__()
         self.kit, self.kind, self.stride, self.inplace, self.flip = kit, kind, stride, inplace, flip
         out, self.grow = c + grow, grow
@@ -83,9 +104,16 @@ class Dense(nn.Module):
     """A dense block: every layer reads the concatenation of all before, and a transition follows."""
 
     def __init__(
-        self, kit: Kit, c: int, growth: int = 3, layers: int = 3, bottleneck: bool = False, front: bool = False,
-        style: str = "list", transition: bool = True,
-    ) -> None:  # fmt: skip
+        self,
+        kit: Kit,
+        c: int,
+        growth: int = 3,
+        layers: int = 3,
+        bottleneck: bool = False,
+        front: bool = False,
+        style: str = "list",
+        transition: bool = True,
+    ) -> None:
         super().__init__()
         self.front, self.style = front, style
         self.layers = nn.ModuleList()
@@ -159,10 +187,15 @@ class ShuffleUnit(nn.Module):
         self.enter = kit.conv(c, 2 * half, 1)
         source = 2 * half if wide else half
         self.branch = nn.Sequential(
-            kit.conv(source, half, 1, bias=False), kit.bn(half), nn.ReLU(inplace=True),
-            kit.conv(half, half, 3, groups=half, bias=False), kit.bn(half),
-            kit.conv(half, half, 1, bias=False), kit.bn(half), nn.ReLU(inplace=True),
-        )  # fmt: skip
+            kit.conv(source, half, 1, bias=False),
+            kit.bn(half),
+            nn.ReLU(inplace=True),
+            kit.conv(half, half, 3, groups=half, bias=False),
+            kit.bn(half),
+            kit.conv(half, half, 1, bias=False),
+            kit.bn(half),
+            nn.ReLU(inplace=True),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Split, compute, concatenate, shuffle."""
@@ -182,9 +215,16 @@ class SqueezeExcite(nn.Module):
     """A gate from globally pooled features, by linear layers or 1x1 convolutions."""
 
     def __init__(
-        self, kit: Kit, c: int, by: str = "conv", gate: str = "sigmoid", act: str = "relu", residual: bool = False,
-        form: str = "mul", squeeze: int = 2,
-    ) -> None:  # fmt: skip
+        self,
+        kit: Kit,
+        c: int,
+        by: str = "conv",
+        gate: str = "sigmoid",
+        act: str = "relu",
+        residual: bool = False,
+        form: str = "mul",
+        squeeze: int = 2,
+    ) -> None:
         super().__init__()
         self.kit, self.by, self.residual, self.form = kit, by, residual, form
         make: Any = nn.Linear if by == "linear" else (lambda a, b: kit.conv(a, b, 1))
@@ -213,9 +253,18 @@ class Depthwise(nn.Module):
     """Depthwise then pointwise, with a channel multiplier."""
 
     def __init__(
-        self, kit: Kit, c: int, multiplier: int = 1, stride: int = 1, act: str = "relu", mode: str = "zeros",
-        out: int = 6, twice: bool = False, bias: bool = True, normal: str = "bn",
-    ) -> None:  # fmt: skip
+        self,
+        kit: Kit,
+        c: int,
+        multiplier: int = 1,
+        stride: int = 1,
+        act: str = "relu",
+        mode: str = "zeros",
+        out: int = 6,
+        twice: bool = False,
+        bias: bool = True,
+        normal: str = "bn",
+    ) -> None:
         super().__init__()
         wide = c * multiplier
         self.dw = kit.conv(c, wide, 3, stride=stride, groups=c, padding_mode=mode, bias=bias)
@@ -232,7 +281,14 @@ class Inverted(nn.Module):
     """MobileNet's inverted residual, with or without squeeze-excite."""
 
     def __init__(
-        self, kit: Kit, c: int, stride: int = 1, expand: int = 2, se: str = "none", act: str = "hardswish_", grow: int = 0
+        self,
+        kit: Kit,
+        c: int,
+        stride: int = 1,
+        expand: int = 2,
+        se: str = "none",
+        act: str = "hardswish_",
+        grow: int = 0,
     ) -> None:
         super().__init__()
         wide = expand * c
@@ -254,9 +310,15 @@ class UNet(nn.Module):
     """One or two levels down and up again with skip connections."""
 
     def __init__(
-        self, kit: Kit, c: int, down: str = "max", up: str = "transposed", skip: str = "cat", deep: bool = False,
+        self,
+        kit: Kit,
+        c: int,
+        down: str = "max",
+        up: str = "transposed",
+        skip: str = "cat",
+        deep: bool = False,
         act: str = "relu",
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         self.kit, self.up, self.skip = kit, up, skip
         width = c + 2

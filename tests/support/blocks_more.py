@@ -6,9 +6,10 @@ import math
 from typing import Any
 
 import torch
-from support.parts import ACTS, Kit, norm, shuffle
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from support.parts import ACTS, Kit, norm, shuffle
 
 
 def tokens(x: Tensor) -> Tensor:
@@ -25,9 +26,15 @@ class TokenMixer(nn.Module):
     """MLP-Mixer block: tokens are mixed, then channels, with layer norm, layer scale and perhaps a class token."""
 
     def __init__(
-        self, kit: Kit, c: int, act: str = "gelu", scale: bool = False, cls: str = "none", mix: bool = True,
+        self,
+        kit: Kit,
+        c: int,
+        act: str = "gelu",
+        scale: bool = False,
+        cls: str = "none",
+        mix: bool = True,
         length: int = 0,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         self.cls = cls
         length += cls != "none"
@@ -232,7 +239,7 @@ class Context(nn.Module):
         self.scalar = nn.Parameter(torch.ones(1))
         self.register_buffer("mean", torch.linspace(-1, 1, c).view(kit.shape(c)))
 
-    def forward(self, x: Tensor) -> Tensor:  # noqa: C901 - a plain table of cases
+    def forward(self, x: Tensor) -> Tensor:
         """Pool, think, merge."""
         s = self.kit.spatial
         if self.kind == "expand":

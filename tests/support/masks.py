@@ -283,3 +283,31 @@ def zero_channels(model: nn.Module) -> int:
             if not (isinstance(layer, nn.Embedding) and dim == 0):
                 total += int((weight.transpose(0, dim).flatten(1) == 0).all(1).sum())
     return total
+
+
+def removable(model: nn.Module, inputs: Sequence[Any]) -> int:
+    """Zero input channels of the layers that run and do not read a model input itself: these can surely be removed."""
+    given = {tensor.untyped_storage().data_ptr() for tensor in inputs if isinstance(tensor, torch.Tensor)}
+    running: set[nn.Module] = set()
+    handles = []
+
+    def note(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        if args[0].untyped_storage().data_ptr() not in given:
+            running.add(module)
+
+    for layer in layers(model).values():
+        if not isinstance(layer, nn.Embedding) and getattr(layer, "groups", 1) == 1:
+            handles.append(layer.register_forward_pre_hook(note))
+    try:
+        with torch.no_grad():
+            model(*inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    total = 0
+    for layer in running:
+        weight = layer.weight
+        assert isinstance(weight, torch.Tensor)
+        dim = 0 if isinstance(layer, TRANSPOSED) else 1
+        total += int((weight.transpose(0, dim).flatten(1) == 0).all(1).sum())
+    return total

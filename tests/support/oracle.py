@@ -189,13 +189,11 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:
-    """Everything a call that fails must leave alone: state, modes, hooks, classes, identity of parameters, gradients."""
+    """All that a failing call must leave alone: state, modes, hooks, classes, identity of parameters, gradients."""
     return {
         "state": state_hash(model),
         "training": {name: module.training for name, module in model.named_modules(remove_duplicate=False)},
-        "hooks": {
-            name: tuple(len(getattr(module, hook)) for hook in _HOOKS) for name, module in model.named_modules()
-        },
+        "hooks": {name: tuple(len(getattr(module, hook)) for hook in _HOOKS) for name, module in model.named_modules()},
         "classes": {name: type(module) for name, module in model.named_modules(remove_duplicate=False)},
         "attributes": {name: sorted(vars(module)) for name, module in model.named_modules()},
         "identity": {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)},

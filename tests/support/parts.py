@@ -42,7 +42,7 @@ class Map(nn.Module):
         super().__init__()
         self.name = name
 
-    def forward(self, x: Tensor) -> Tensor:  # noqa: C901 - a plain table of cases
+    def forward(self, x: Tensor) -> Tensor:
         """Apply the function of that name."""
         if self.name == "plus1":
             return x + 1
@@ -170,7 +170,20 @@ def norm(name: str, kit: Kit, c: int) -> nn.Module:
     return table[name]()
 
 
-NORM_NAMES = ("bn", "bn_plain", "bn_nostats", "gn1", "gn2", "gnc", "in", "in_affine", "in_stats", "ln", "frozen", "full")
+NORM_NAMES = (
+    "bn",
+    "bn_plain",
+    "bn_nostats",
+    "gn1",
+    "gn2",
+    "gnc",
+    "in",
+    "in_affine",
+    "in_stats",
+    "ln",
+    "frozen",
+    "full",
+)
 
 
 def shuffle(x: Tensor, groups: int, style: str) -> Tensor:

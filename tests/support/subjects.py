@@ -55,7 +55,9 @@ class SmallResNet(nn.Module):
 
 def image(batch: int = 2, size: int = 12, seed: int = 1, dtype: torch.dtype = torch.float64) -> Tensor:
     """A random image of shape (batch, 3, size, size)."""
-    return torch.randn((batch, 3, size, size), generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn((batch, 3, size, size), generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(
+        dtype
+    )
 
 
 def dense(model: nn.Module, seed: int = 0) -> Any:

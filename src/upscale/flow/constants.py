@@ -141,6 +141,8 @@ def _agreeing(operands: list[Constants | None]) -> Constants | None:
 def _contract(flow: FlowNode, effect: Contract, support: Support, found: dict[Node, Constants | None]) -> Constants:
     """A row is constant if every input it uses is a constant that contributes the same everywhere."""
     rows = support.used.shape[0]
+    if rows != flow.channels.size:  # type: ignore[union-attr]
+        return None  # a grouped transposed convolution stores the rows of one group only
     bias = torch.zeros(rows, dtype=support.matrix.dtype) if support.bias is None else support.bias
     if effect.operand is None:
         return Constants(torch.from_numpy(~support.used[:, 0]), support.matrix[:, 0, 0])

@@ -149,11 +149,11 @@ class _Liveness:
         rows, absorber = len(live), self._absorber(node, effect)
         constant = np.zeros(rows, dtype=bool)
         delta = torch.zeros(rows, dtype=torch.float64)
-        if effect.operand is None or flow.pinned:
+        if not flow.links or flow.pinned:
+            inputs = np.ones(len(flow.links[0].positions) if flow.links else 0, dtype=bool)
             if flow.links:
-                self._need(flow.links[0], np.ones(len(flow.links[0].positions), dtype=bool))
-                size = len(flow.links[0].positions)
-                self.demands[node] = Demand(np.ones(size, dtype=bool), constant, delta, None)
+                self._need(flow.links[0], inputs)
+            self.demands[node] = Demand(inputs, constant, delta, None)
             return
         link = flow.links[0]
         can_fold = effect.bias is not None or absorber is not None
@@ -218,7 +218,7 @@ class _Liveness:
             if node.op == "placeholder":
                 depends[node] = is_tensor(node)
                 continue
-            direct = node.all_input_nodes if flow.kind in ("opaque", "barrier") else ()
+            direct = node.all_input_nodes if flow.kind in ("opaque", "barrier") or not flow.links else ()
             sources = (*direct, *(link.operand for link in flow.links), *(n for n, _ in flow.whole))
             inputs = [n for n in sources if (node, n) not in self.replaced]
             answer = node in self.used and any(depends.get(n, False) for n in inputs)
