@@ -123,7 +123,7 @@ class Subject:
             row.detail = f"{'' if justified else 'unjustified: '}{error}"
             return
         row.export_s = sum(s for stage, s in pruned.report.seconds.items() if stage != "capture")
-        row.capture_s = self._program.seconds
+        row.capture_s = pruned.report.seconds["capture"]
         row.parameters = measure.parameters(pruned) / self.parameters
         row.flops = measure.flops(pruned, self.example) / self.flops
         row.reads = _reads(pruned)

@@ -156,7 +156,8 @@ def grown(program: Program, flow: Flow) -> tuple[Program, dict[str, torch.Tensor
         mask = columns.view(shape).expand(tensors[name].shape)
         if port.side == "input":
             tensors[name] = _replace(tensors[name], mask)
-        counted[name] = counted.get(name, torch.zeros(mask.shape, dtype=torch.bool)) | (mask & (tensors[name] == 0).cpu())
+        before = counted.get(name, torch.zeros(mask.shape, dtype=torch.bool))
+        counted[name] = before | (mask & (tensors[name] == 0).cpu())
     return replace(program, tensors=tensors), counted
 
 

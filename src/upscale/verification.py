@@ -65,8 +65,8 @@ def verify(
     for inputs in example_inputs(masked):
         try:
             expected = run(masked, inputs)
-        except RuntimeError as error:
-            raise InputError(f"the masked model itself does not run on inputs like the example: {error}") from error
+        except RuntimeError as failure:
+            raise InputError(f"the masked model itself does not run on inputs like the example: {failure}") from failure
         with torch.no_grad():
             actual = call(inputs)
         errors = [relative_error(a, b) for a, b in zip(expected, actual, strict=True)]

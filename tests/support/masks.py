@@ -51,7 +51,7 @@ class Mask:
 def layers(model: nn.Module) -> dict[str, nn.Module]:
     """Name -> layer with channels; what belongs to ``nn.MultiheadAttention`` or to a recurrent layer is left out."""
     closed = [name for name, m in model.named_modules() if isinstance(m, (nn.MultiheadAttention, nn.RNNBase))]
-    found = {}
+    found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         if isinstance(module, LAYERS) and not any(name.startswith(prefix + ".") for prefix in closed):
             found[name] = module

@@ -138,7 +138,9 @@ def _agreeing(operands: list[Constants | None]) -> Constants | None:
     return Constants(known, first.value)
 
 
-def _contract(flow: FlowNode, effect: Contract, support: Support, found: dict[Node, Constants | None]) -> Constants:
+def _contract(
+    flow: FlowNode, effect: Contract, support: Support, found: dict[Node, Constants | None]
+) -> Constants | None:
     """A row is constant if every input it uses is a constant that contributes the same everywhere."""
     rows = support.used.shape[0]
     if rows != flow.channels.size:  # type: ignore[union-attr]
