@@ -48,10 +48,10 @@ def zero_columns(layer: nn.Module, channels: list[int]) -> None:
 
 
 def prove(model: nn.Module, *inputs: Tensor, **options: Any) -> Any:
-    """Export in all three ways of reading, check each, and give back the automatic one."""
+    """Export with automatic reads and in one of the other two ways, check both, and give back the first."""
     inputs = inputs or (image(),)
     exported = {}
-    for reads in ("auto", "gather", "baseline"):
+    for reads in ("auto", ("gather", "baseline")[parameter_count(model) % 2]):
         exported[reads] = upscale.export(model, inputs, reads=reads, **options)
         check_equal(model, exported[reads], *inputs)
         assert parameter_count(exported[reads]) <= parameter_count(model)
