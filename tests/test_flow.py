@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import upscale
 from upscale.capture import capture
 from upscale.errors import RuleError
 from upscale.flow import analyse_flow, rule
@@ -183,6 +184,30 @@ def test_an_output_that_cannot_change_does_not_depend_on_the_input() -> None:
         b.weight[0, 0] = 1
     flow, _ = flow_of(nn.Sequential(a, b), torch.rand(2, 3, 5, 5))
     assert flow.depends
+
+
+@torch.no_grad()
+def test_a_layer_whose_result_is_known_still_has_its_operand() -> None:
+    """A depthwise filter of zeros gives its bias whatever comes in; the call must not lose what it is called on."""
+    a, b, c = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3, padding=1, groups=4), nn.Conv2d(4, 2, 3, padding=1)
+    b.weight.zero_()
+    b.bias.fill_(0.5)
+    model = nn.Sequential(a, b, c, nn.Flatten(), nn.Linear(50, 3))
+    flow, nodes = flow_of(Both(model), torch.rand(2, 3, 5, 5))
+    assert flow.live[nodes["conv2d"][0]].sum() == 1
+    x = torch.rand(2, 3, 5, 5)
+    torch.testing.assert_close(upscale.export(Both(model), (x,))(x), Both(model)(x))
+
+
+class Both(nn.Module):
+    """A model's result and something of its input, so that the output is no constant."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(x), x.mean()
 
 
 def test_labels_cost_no_memory_and_name_their_dimension() -> None:

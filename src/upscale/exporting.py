@@ -14,7 +14,7 @@ from .accept import unwrap
 from .capture import capture
 from .errors import ConstantOutputError, InputError, NonFiniteError, NothingToPruneError, UnsupportedModelError
 from .flow import Flow, analyse_flow
-from .flow.effects import Contract
+from .flow.effects import Contract, PerChannel
 from .lowering import lower
 from .plan import MODES, Mode, Plan, make_plan
 from .program import Program
@@ -149,7 +149,7 @@ def check_finite(program: Program) -> None:
 
 
 def _check_something_pruned(program: Program, flow: Flow, lowered: Program) -> None:
-    if count_parameters(lowered.tensors) < count_parameters(program.tensors) or _zero_channels(flow):
+    if count_parameters(lowered.tensors) < count_parameters(program.tensors) or _zero_channels(program, flow):
         return
     layers = [
         str(f.effect.weight.target) for f in flow.nodes.values() if isinstance(f.effect, Contract) and f.kind == "fresh"
@@ -160,12 +160,17 @@ def _check_something_pruned(program: Program, flow: Flow, lowered: Program) -> N
     )
 
 
-def _zero_channels(flow: Flow) -> bool:
+def _zero_channels(program: Program, flow: Flow) -> bool:
     """Whether any layer has a zero row or column, though a barrier may have kept it."""
     for node, demand in flow.demands.items():
         effect = flow.nodes[node].effect
         if isinstance(effect, Contract) and (not demand.inputs.all() or demand.constant.any() or flow.masked[node]):
             return True
+    for f in flow.nodes.values():
+        if isinstance(f.effect, PerChannel) and f.effect.groups_arg == "groups":  # a filter per channel
+            filters = program.tensors[str(f.effect.slices[0][0].target)].detach().flatten(1)
+            if bool((filters == 0).all(1).any()):
+                return True
     return False
 
 

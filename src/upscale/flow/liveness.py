@@ -113,7 +113,10 @@ class _Liveness:
             if self._replaceable(node, flow, link, live):
                 self.replaced.add((node, link.operand))
                 continue
-            self._need(link, live & ~self._blocked(flow, own, link))
+            needed = live & ~self._blocked(flow, own, link)
+            if not needed.any() and live.any():
+                needed[np.flatnonzero(live)[0]] = True  # the values do not matter, but the call needs its operand
+            self._need(link, needed)
 
     def _blocked(self, flow: FlowNode, own: Constants | None, link: Link) -> np.ndarray:
         """Positions whose value is known without knowing this operand: zero times anything, a zero scale."""
