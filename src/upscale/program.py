@@ -7,7 +7,7 @@ ordinary ``torch.fx.GraphModule``. A lowered program has exactly the format of a
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -48,8 +48,13 @@ def run(program: Program, inputs: Sequence[torch.Tensor]) -> tuple[Any, ...]:
         return interpret(program.graph, program.tensors, inputs)
 
 
-def interpret(graph: fx.Graph, tensors: Mapping[str, torch.Tensor], inputs: Sequence[torch.Tensor]) -> tuple[Any, ...]:
-    """Run ``graph`` node by node; ``inputs`` are its placeholders in order."""
+def interpret(
+    graph: fx.Graph,
+    tensors: Mapping[str, torch.Tensor],
+    inputs: Sequence[torch.Tensor],
+    watch: Callable[[fx.Node, Any], None] | None = None,
+) -> tuple[Any, ...]:
+    """Run ``graph`` node by node; ``inputs`` are its placeholders in order. ``watch`` sees every value once."""
     last_use: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         for used in node.all_input_nodes:
@@ -70,6 +75,8 @@ def interpret(graph: fx.Graph, tensors: Mapping[str, torch.Tensor], inputs: Sequ
             values[node] = node.target(*args, **kwargs)
         elif node.op == "output":
             return tuple(fx.node.map_arg(node.args[0], values.__getitem__))
+        if watch is not None:
+            watch(node, values[node])
         for used in dying.get(node, ()):
             del values[used]
         if not node.users:

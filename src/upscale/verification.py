@@ -186,16 +186,11 @@ def first_difference(
 
 def _values(program: Program, inputs: Sequence[torch.Tensor]) -> dict[str, Any]:
     """Every intermediate result by the name of the captured node it stands for."""
-    values: dict[torch.fx.Node, Any] = {}
-    feed = iter(inputs)
+    values: dict[str, Any] = {}
+
+    def keep(node: torch.fx.Node, value: Any) -> None:
+        values[node.meta.get("origin", node.name)] = value
+
     with torch.no_grad():
-        for node in program.graph.nodes:
-            if node.op == "placeholder":
-                values[node] = next(feed)
-            elif node.op == "get_attr":
-                values[node] = program.tensors[str(node.target)]
-            elif node.op == "call_function":
-                args = torch.fx.node.map_arg(node.args, values.__getitem__)
-                kwargs = torch.fx.node.map_arg(node.kwargs, values.__getitem__)
-                values[node] = node.target(*args, **kwargs)
-    return {n.meta.get("origin", n.name): v for n, v in values.items()}
+        interpret(program.graph, program.tensors, inputs, keep)
+    return values
