@@ -57,14 +57,15 @@ def run(arguments: Sequence[str]) -> int:
         print(f"upscale: {error}", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, typer.Abort):
-        print("upscale: interrupted; what was done is in the table", file=sys.stderr)
-        return INTERRUPTED
+        status = INTERRUPTED
     except Exception as error:
         show = getattr(error, "show", None)  # click's own usage errors
         if show is None:
             raise
         show()
         return int(getattr(error, "exit_code", 2))
+    if status == INTERRUPTED:  # typer makes a status of Ctrl-C itself
+        print("upscale: interrupted; what was done is kept", file=sys.stderr)
     return status if isinstance(status, int) else 0
 
 

@@ -24,7 +24,9 @@ class Suite:
 
     def __init__(self) -> None:
         text = resources.files("upscale.zoo").joinpath("timm_models.json").read_text(encoding="utf-8")
-        self._table: dict[str, dict[str, Any]] = {entry["name"]: entry for entry in json.loads(text)["models"]}
+        data = json.loads(text)
+        self.version: str = data["timm"]
+        self._table: dict[str, dict[str, Any]] = {entry["name"]: entry for entry in data["models"]}
 
     def names(self) -> Sequence[str]:
         return list(self._table)

@@ -32,7 +32,7 @@ from .rows import MIXED, TOLERANCE, Row, Settings
 from .subject import Subject, batch_of, randomise, rebatched
 from .suites import load_suite
 
-_HERE = Path(__file__).resolve().parents[1]
+_ZOO = Path(__file__).resolve().parent
 FLOAT64_LIMIT = 60_000_000  # parameters
 
 
@@ -216,9 +216,14 @@ def first_line(error: BaseException) -> str:
     if isinstance(error, (upscale.errors.UpscaleError, DifferentError, UntestableError)):
         return text  # it explains itself
     frames = traceback.extract_tb(error.__traceback__)
-    ours = [frame for frame in frames if _HERE in Path(frame.filename).parents][-1:]
+    ours = [frame for frame in frames if _is_ours(Path(frame.filename))][-1:]
     places = dict.fromkeys(f"{Path(frame.filename).name}:{frame.lineno}" for frame in [*ours, *frames[-1:]])
     return f"{text} ({', '.join(places)})" if places else text
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file belongs to the library, the zoo apart."""
+    return _ZOO.parent in path.parents and _ZOO not in path.parents
 
 
 def peak_mb() -> float | None:
