@@ -30,7 +30,7 @@ from upscale.zoo.run import choose, left
 from upscale.zoo.subject import randomise
 from upscale.zoo.suite_file import FileSuite
 from upscale.zoo.suites import SuiteError
-from upscale.zoo.worker import Job
+from upscale.zoo.worker import Job, examine
 
 TESTS = Path(__file__).resolve().parent
 IMAGE = "2x3x12x12"
@@ -38,6 +38,8 @@ MODELS = {
     "good": IMAGE,
     "Tagger": "tokens=int50:2x7 mask=ones:2x7",
     "Branching": IMAGE,
+    "silent": IMAGE,
+    "unmasked": IMAGE,
     "broken": IMAGE,
     "no_module": IMAGE,
     "sleeping": IMAGE,
@@ -79,20 +81,16 @@ def in_process(*arguments: object) -> int:
         signal.signal(signal.SIGTERM, before)
 
 
-def try_one(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch, limits: Limits | None = None) -> Row:
-    monkeypatch.syspath_prepend(str(TESTS))
-    limits = limits or Limits(timeout=100, memory_gb=4)
-    (trial,) = choose([str(suite(folder, name))], [], Settings(), limits)
-    return run_job(trial.job, trial.blank, limits)
-
-
-# -- one process ------------------------------------------------------------------------------------------------------
+# -- one model --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["good", "Tagger"])
 def test_a_model_that_works(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    row = try_one(tmp_path, name, monkeypatch)
+    monkeypatch.syspath_prepend(str(TESTS))
+    stages: list[str] = []
+    row = examine(Job(str(suite(tmp_path, name)), name, Settings(), 100), lambda row: stages.append(row.stage))
     assert row.good and row.reason == "" and row.stage == "", row
+    assert stages == ["build", "mask", "export", "measure", "compare"]
     assert row.error is not None and row.error <= 1e-10 and row.dtype == "float64"
     assert row.batches == "2 3"
     assert row.parameters_before and row.parameters_after and row.parameters_after < row.parameters_before
@@ -101,26 +99,42 @@ def test_a_model_that_works(name: str, tmp_path: Path, monkeypatch: pytest.Monke
     assert row.version == upscale.__version__ and row.peak_mb and row.reads
 
 
-FAILURES = [
-    ("broken", Limits(100, 4), "build", "RuntimeError: this model cannot be built (zoo_models.py:"),
-    ("no_module", Limits(100, 4), "build", "TypeError: support.zoo_models:no_module returned int"),
-    ("Branching", Limits(100, 4), "export", "CaptureError: "),
-    ("sleeping", Limits(7, 4), "build", "Timeout: more than 7 s"),
-    ("hungry", Limits(100, 1), "build", "OutOfMemory: more than 1 GB resident"),
-    ("crashing", Limits(100, 4), "build", "Crash: SIGSEGV"),
+ERRORS = [
+    ("broken", "build", "RuntimeError: this model cannot be built ("),
+    ("no_module", "build", "TypeError: support.zoo_models:no_module returned int"),
+    ("silent", "build", "UntestableError: no output"),
+    ("unmasked", "mask", "NothingToPruneError: "),
+    ("Branching", "export", "CaptureError: "),
 ]
 
 
-@pytest.mark.parametrize(("name", "limits", "stage", "reason"), FAILURES, ids=[name for name, *_ in FAILURES])
-def test_a_model_that_fails_is_a_row(
-    name: str, limits: Limits, stage: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("name", "stage", "reason"), ERRORS, ids=[name for name, *_ in ERRORS])
+def test_a_model_that_raises_is_a_row(
+    name: str, stage: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.syspath_prepend(str(TESTS))
+    row = examine(Job(str(suite(tmp_path, name)), name, Settings(), 100))
+    assert row.exported == "no" and row.equal == "" and row.stage == stage, row
+    assert row.reason.startswith(reason) and "\n" not in row.reason, row.reason
+
+
+ENDS = [
+    ("sleeping", Limits(7, 4), "Timeout: more than 7 s"),
+    ("hungry", Limits(100, 1), "OutOfMemory: more than 1 GB resident"),
+    ("crashing", Limits(100, 4), "Crash: SIGSEGV"),
+]
+
+
+@pytest.mark.parametrize(("name", "limits", "reason"), ENDS, ids=[name for name, *_ in ENDS])
+def test_a_process_that_is_ended_is_a_row(
+    name: str, limits: Limits, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(TESTS))
+    (trial,) = choose([str(suite(tmp_path, name))], [], Settings(), limits)
     started = time.monotonic()
-    row = try_one(tmp_path, name, monkeypatch, limits)
-    assert row.exported == "no" and row.equal == "" and row.stage == stage
-    assert row.reason.startswith(reason), row.reason
-    assert "\n" not in row.reason and row.peak_mb
-    assert time.monotonic() - started < 60
+    row = run_job(trial.job, trial.blank, limits)
+    assert row.exported == "no" and row.stage == "build" and row.reason.startswith(reason), row
+    assert row.peak_mb and time.monotonic() - started < 60
 
 
 def test_a_worker_without_a_parent_ends_itself(tmp_path: Path) -> None:
