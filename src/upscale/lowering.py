@@ -17,7 +17,7 @@ from torch.fx.node import map_arg
 
 from .flow import FlowNode
 from .flow.effects import Contract, Mixing, Movement, PerChannel, Pointwise
-from .plan import Piece, Plan, Read
+from .plan import Contraction, Piece, Plan, Read
 from .program import Program
 
 
@@ -62,7 +62,12 @@ class _Lowering:
         elif node.op == "output":
             new = self.graph.output(map_arg(node.args[0], lambda n: self._value(node, n)))
         else:
-            handler = {"fresh": self._contraction, "transit": self._transit, "concat": self._concat}
+            handler = {
+                "fresh": self._contraction,
+                "transit": self._transit,
+                "split": self._split,
+                "concat": self._concat,
+            }
             new = handler.get(self.nodes[node].kind, self._plain)(node)
         self.env[node.name] = new
 
@@ -80,9 +85,12 @@ class _Lowering:
         assert isinstance(effect, Contract)
         cut = self.plan.contractions[node.name]
         weight = self._tensor(effect.weight)
-        new = _take(weight, effect.weight_out, cut.rows) if effect.groups == 1 else weight
-        if cut.columns is not None and effect.weight_in is not None:
-            new = _take(new, effect.weight_in, cut.columns)
+        if effect.groups > 1 and cut.columns is not None:
+            new = _take_grouped(weight, effect.groups, cut)
+        else:
+            new = _take(weight, effect.weight_out, cut.rows) if cut.columns is not None or effect.groups == 1 else weight
+            if cut.columns is not None and effect.weight_in is not None:
+                new = _take(new, effect.weight_in, cut.columns)
         new = new.clone() if new is weight else new
         zero = [i for i, row in enumerate(cut.rows) if row in set(cut.zero_rows)]
         if zero:
@@ -90,7 +98,29 @@ class _Lowering:
         swap = {effect.weight: self._attribute(effect.weight, new)}
         if effect.bias is not None:
             swap[effect.bias] = self._bias(effect.bias, cut.rows, cut.delta)
-        return self._call(node, swap)
+        return self._call(node, swap, {"groups": cut.groups} if cut.groups != effect.groups else None)
+
+    def _split(self, node: Node) -> Node:
+        """Blocks of channels: what is read, parted in two dimensions, or the operator again on what is left."""
+        f = self.nodes[node]
+        split, link = f.split, f.links[0]
+        assert split is not None
+        ancestor = self.plan.layouts.get(link.operand.name)
+        whole = self.plan.layouts[node.name].is_whole and ancestor is not None and ancestor.is_whole
+        read = self._realise(self.plan.reads[node.name][link.operand.name], like=node)
+        if split.permute is None:
+            operand = node.args[0]
+            assert isinstance(operand, Node)
+            return self._call(node, {operand: read})
+        if whole:
+            return self._call(node, {})  # as it was written: the movements in between are emitted on the way
+        shape = (len(self.plan.layouts[node.name].positions), link.positions.shape[1])
+        parted = self.graph.call_function(torch.ops.aten.unflatten.int, (read, link.dim, list(shape)))
+        new = self.graph.call_function(torch.ops.aten.permute.default, (parted, list(split.permute)))
+        for made in (parted, new):
+            made.meta = {k: v for k, v in node.meta.items() if k != "val"} | {"rewritten": True}
+        new.meta["origin"] = node.name
+        return new
 
     def _bias(self, bias: Node, rows: Sequence[int], delta: Sequence[float]) -> Node:
         old = self._tensor(bias)
@@ -190,6 +220,8 @@ class _Lowering:
 
     def _stored(self, node: Node) -> Node:
         if node.op != "get_attr":
+            if node.name not in self.env:  # a movement on paper only, wanted after all
+                self.env[node.name] = self._plain(node)
             return self.env[node.name]
         layout = self.plan.layouts.get(node.name)
         old = self._tensor(node)
@@ -314,6 +346,22 @@ def _take(tensor: torch.Tensor, dim: int, items: Sequence[int]) -> torch.Tensor:
     if len(items) == tensor.shape[dim] and tuple(items) == tuple(range(len(items))):
         return tensor
     return tensor.index_select(dim, _index(items, tensor))
+
+
+def _take_grouped(weight: torch.Tensor, groups: int, cut: Contraction) -> torch.Tensor:
+    """The kept rows of a grouped convolution's weight (out, in / groups, ...), each with the columns of its group."""
+    assert cut.columns is not None
+    width, rows = weight.shape[1], torch.tensor(cut.rows)
+    columns = torch.tensor(cut.columns).view(cut.groups, -1)
+    _, place = torch.unique(rows // (weight.shape[0] // groups), return_inverse=True)
+    blank = torch.zeros(groups * width, dtype=torch.bool)
+    blank[list(cut.blank)] = True
+    mine = columns[place]  # (rows, columns of the row's group)
+    index = (mine % width).to(weight.device)
+    new = weight.index_select(0, rows.to(weight.device))
+    new = new[torch.arange(len(rows), device=weight.device)[:, None], index]
+    new[blank[mine].to(weight.device)] = 0.0
+    return new
 
 
 def _index(items: Sequence[int], like: torch.Tensor) -> torch.Tensor:

@@ -92,7 +92,10 @@ def _through(link: Link, found: dict[Node, Constants | None]) -> Constants | Non
     if operand is None:
         return None
     index = torch.from_numpy(np.maximum(link.positions, 0))
-    return Constants(operand.known[index] & torch.from_numpy(link.positions >= 0), operand.value[index])
+    known, value = operand.known[index] & torch.from_numpy(link.positions >= 0), operand.value[index]
+    if known.ndim > 1:  # a block is known where all of it holds one value
+        return Constants(known.all(1) & (value == value[:, :1]).all(1), value[:, 0])
+    return Constants(known, value)
 
 
 def _every_operand(program: Program, flow: FlowNode, linked: list[Constants | None]) -> list[Constants | None]:

@@ -13,7 +13,7 @@ from .keep import Kept, decide_kept
 from .model import MODES, Contraction, Layout, Mode, Plan, Read
 from .reads import choose_read
 from .sources import Located, locate
-from .spaces import elements, rank_classes
+from .spaces import elements, find_parts, rank_classes
 
 
 def make_plan(flow: Flow, mode: Mode = "auto", reorder: bool = True) -> Plan:
@@ -36,6 +36,7 @@ class _Builder:
     def __init__(self, flow: Flow, kept: Kept, mode: Mode, reorder: bool) -> None:
         self.flow, self.kept, self.mode = flow, kept, mode
         self.rank = rank_classes(flow, kept, reorder)
+        self.parts = find_parts(flow, kept)
         self.positions: dict[Node, np.ndarray] = {}  # layout of every stored tensor
         self.physical: dict[Node, np.ndarray] = {}  # original position -> place in the layout
         self.reads: dict[str, dict[str, Read]] = {}
@@ -65,10 +66,18 @@ class _Builder:
         else:
             units = f.channels.units
             mine = np.flatnonzero(self.kept.kept[node][units])
-            positions = mine[np.lexsort((mine, self.rank[self.kept.order[node][units[mine]]]))]
+            positions = mine
+            if node not in self.kept.ordered:
+                rank = self.rank[self.kept.order[node][units[mine]]]
+                positions = mine[np.lexsort((mine, rank, self._parts(node)[mine]))]
         self.positions[node] = positions
         self.physical[node] = np.full(f.channels.size, -1)
         self.physical[node][positions] = np.arange(len(positions))
+
+    def _parts(self, node: Node) -> np.ndarray:
+        """Which of several readers' blocks a position is in, where one class stands in several: a fused query, key and
+        value, the two halves of a gate. Each block stays together."""
+        return self.parts.get(node, np.zeros(len(self.flow.nodes[node].channels.units), dtype=np.int64))  # type: ignore
 
     def _merged(self, node: Node, f: FlowNode) -> np.ndarray:
         """The operand's channels in order, each as often as merging repeats it."""
@@ -90,6 +99,10 @@ class _Builder:
     def _plan_node(self, node: Node, f: FlowNode) -> None:
         if isinstance(f.effect, Contract) and f.kind == "fresh":
             self._contraction(node, f, f.effect)
+        elif f.kind == "split":
+            assert f.split is not None
+            blocks = f.links[0].positions[self.positions[node]]
+            self._read(node, f.links[0], f.split.in_order(blocks))
         elif f.kind in ("transit", "concat", "list"):
             for link in f.links:
                 if (node, link.operand) in self.flow.replaced:
@@ -191,17 +204,20 @@ class _Builder:
         columns: tuple[int, ...] | None = None
         if effect.operand is not None:
             link = f.links[0]
-            wanted = np.flatnonzero(demand.inputs)
-            if not f.pinned:
+            wanted = np.flatnonzero(self.kept.grouped.get(node, demand.inputs))
+            if not f.pinned and effect.groups == 1:
                 wanted = self._as_stored(link, wanted)
             self._read(node, link, link.positions[wanted])
-            columns = None if effect.groups > 1 else tuple(wanted.tolist())
+            columns = None if f.pinned else tuple(wanted.tolist())
+        groups = len(np.unique(rows // (len(self.physical[node]) // effect.groups)))
         self.contractions[node.name] = Contraction(
             tuple(rows.tolist()),
             columns,
             tuple(np.flatnonzero(demand.constant).tolist()),
             tuple(demand.delta.tolist()) if bool(demand.delta.any()) else (),
             demand.absorber.name if demand.absorber is not None else None,
+            groups,
+            () if demand.blank is None else tuple(np.flatnonzero(demand.blank).tolist()),
         )
 
     def _as_stored(self, link: Link, wanted: np.ndarray) -> np.ndarray:

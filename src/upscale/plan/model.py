@@ -62,13 +62,16 @@ class Read:
 @dataclass(frozen=True)
 class Contraction:
     """What becomes of one layer's weight: rows and columns kept (original indices, in order), rows emitted as zero,
-    and what folded constants add to the bias (or to ``absorber``'s running mean, negated)."""
+    and what folded constants add to the bias (or to ``absorber``'s running mean, negated). ``groups``: how many groups
+    a grouped convolution keeps; ``blank``: columns emitted as zero."""
 
     rows: tuple[int, ...]
-    columns: tuple[int, ...] | None  # None: all (no inputs, or grouped)
+    columns: tuple[int, ...] | None  # None: all (no inputs)
     zero_rows: tuple[int, ...]
     delta: tuple[float, ...]
     absorber: str | None
+    groups: int = 1
+    blank: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -113,4 +116,5 @@ def _read(v: dict[str, Any]) -> Read:
 
 def _contraction(v: dict[str, Any]) -> Contraction:
     columns = None if v["columns"] is None else tuple(v["columns"])
-    return Contraction(tuple(v["rows"]), columns, tuple(v["zero_rows"]), tuple(v["delta"]), v["absorber"])
+    delta, blank = tuple(v["delta"]), tuple(v["blank"])
+    return Contraction(tuple(v["rows"]), columns, tuple(v["zero_rows"]), delta, v["absorber"], v["groups"], blank)
