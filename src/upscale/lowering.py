@@ -92,6 +92,11 @@ class _Lowering:
             if cut.columns is not None and effect.weight_in is not None:
                 new = _take(new, effect.weight_in, cut.columns)
         new = new.clone() if new is weight else new
+        if cut.blank and effect.groups == 1 and effect.weight_in is not None:
+            blank = set(cut.blank)
+            new.index_fill_(
+                effect.weight_in, _index([i for i, c in enumerate(cut.columns or ()) if c in blank], weight), 0.0
+            )
         zero = [i for i, row in enumerate(cut.rows) if row in set(cut.zero_rows)]
         if zero:
             new.index_fill_(effect.weight_out, _index(zero, weight), 0.0)

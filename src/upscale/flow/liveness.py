@@ -170,7 +170,6 @@ class _Liveness:
         free = known & ((value == 0) | (effect.exact & can_fold))
         active = live & ~constant
         inputs = (support.used if active.all() else support.used[active]).any(0) & ~free
-        inputs = self._whole_units(link, inputs)
         folded = torch.from_numpy(np.where(free & ~inputs, value, 0.0))
         delta = support.weighted(folded)
         if own is not None:
@@ -206,23 +205,13 @@ class _Liveness:
             return np.zeros(len(link.positions), dtype=bool), np.zeros(len(link.positions))
         return self._known(link), operand.value.double().numpy()[np.maximum(link.positions, 0)]
 
-    def _whole_units(self, link: Link, inputs: np.ndarray) -> np.ndarray:
-        """Pixels of a flattened channel are read together: a few zero weights are cheaper than a gather."""
-        channels = None if link.anchored else self.nodes[link.operand].channels
-        if channels is None or channels.unit_count == channels.size:
-            return inputs
-        wanted = np.zeros(channels.unit_count, dtype=bool)
-        wanted[channels.units[inputs]] = True
-        return wanted[channels.units]
-
     def _any_position(self, link: Link) -> np.ndarray:
         """The cheapest position to read when none is needed: one that is live anyway."""
         channels = None if link.anchored else self.nodes[link.operand].channels
         if channels is None:
             return np.array([0])
         live = np.flatnonzero(self.live[link.operand])
-        first = int(live[0]) if len(live) else 0
-        return np.flatnonzero(channels.units == channels.units[first])
+        return live[:1] if len(live) else np.array([0])
 
     def _absorber(self, node: Node, effect: Contract) -> Node | None:
         """The batch norm that follows alone, whose running mean can take up a constant."""

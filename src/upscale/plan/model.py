@@ -86,6 +86,7 @@ class Plan:
     virtual: tuple[str, ...] = ()  # nodes that are never executed: their readers read through them
     dead: tuple[str, ...] = ()  # nodes whose result nobody needs
     barriers: tuple[tuple[str, str, str], ...] = ()  # (where, operator, reason)
+    choices: tuple[tuple[str, int], ...] = ()  # (layer call, inputs it reads with zero weights by choice)
 
     def read_counts(self) -> Counter[str]:
         return Counter(read.kind for by_operand in self.reads.values() for read in by_operand.values())
@@ -106,6 +107,7 @@ class Plan:
             virtual=tuple(data["virtual"]),
             dead=tuple(data["dead"]),
             barriers=tuple(tuple(b) for b in data["barriers"]),
+            choices=tuple((name, count) for name, count in data["choices"]),
         )
 
 
