@@ -147,6 +147,7 @@ class Tree:
 
     def _make(self, module: nn.Module, path: str) -> nn.Module | None:
         if path in self.layers:
+            self._add_children(self.layers[path], module, path)  # a norm that holds its activation, for instance
             return self.layers[path]
         if path in self.plain:
             return self.plain[path]
@@ -157,13 +158,16 @@ class Tree:
         kind = next((kind for kind in _CONTAINERS if isinstance(module, kind)), nn.Module)
         made = kind()
         made.training = False
+        self._add_children(made, module, path)
+        return made
+
+    def _add_children(self, made: nn.Module, module: nn.Module, path: str) -> None:
         for name, child in module._modules.items():
             built = None if child is None else self._build(child, f"{path}.{name}")
-            if built is None and kind in (nn.Sequential, nn.ModuleList):
+            if built is None and type(made) in (nn.Sequential, nn.ModuleList):
                 built = nn.Identity().eval()  # keeps the numbering
             if built is not None:
                 made.add_module(name, built)
-        return made
 
     def at(self, path: str) -> nn.Module | None:
         """The emitted module at ``path``."""
