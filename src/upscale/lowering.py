@@ -16,6 +16,7 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from .flow import FlowNode
+from .flow.groups import as_rows, as_transposed
 from .flow.effects import Contract, Mixing, Movement, PerChannel, Pointwise
 from .plan import Contraction, Piece, Plan, Read
 from .program import Program
@@ -86,7 +87,8 @@ class _Lowering:
         cut = self.plan.contractions[node.name]
         weight = self._tensor(effect.weight)
         if effect.groups > 1 and cut.columns is not None:
-            new = _take_grouped(weight, effect.groups, cut)
+            transposed = effect.weight_out == 1
+            new = _take_grouped(as_rows(weight, effect.groups) if transposed else weight, effect.groups, cut)
         else:
             new = _take(weight, effect.weight_out, cut.rows) if cut.columns is not None or effect.groups == 1 else weight
             if cut.columns is not None and effect.weight_in is not None:
@@ -99,7 +101,9 @@ class _Lowering:
             )
         zero = [i for i, row in enumerate(cut.rows) if row in set(cut.zero_rows)]
         if zero:
-            new.index_fill_(effect.weight_out, _index(zero, weight), 0.0)
+            new.index_fill_(0 if effect.groups > 1 else effect.weight_out, _index(zero, weight), 0.0)
+        if effect.groups > 1 and cut.columns is not None and transposed:
+            new = as_transposed(new, cut.groups).contiguous()
         swap = {effect.weight: self._attribute(effect.weight, new)}
         if effect.bias is not None:
             swap[effect.bias] = self._bias(effect.bias, cut.rows, cut.delta)

@@ -177,8 +177,7 @@ class _Analysis:
         if effect.weight.op != "get_attr" or (effect.bias is not None and effect.bias.op != "get_attr"):
             return self._refuse(node, "the weight is computed from the input")
         fresh = Channels(effect.out_dim, np.arange(self.shape(node)[effect.out_dim]))
-        transposed = effect.groups > 1 and effect.weight_out != 0  # its weight holds the rows of one group only
-        pinned = transposed or self._shared(effect.weight, effect.bias)
+        pinned = self._shared(effect.weight, effect.bias)
         if effect.operand is None:
             return FlowNode(node, "fresh", effect, fresh, pinned=pinned)
         assert effect.in_dim is not None

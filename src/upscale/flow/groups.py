@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 
 def rectangle(needed: np.ndarray, groups: np.ndarray, prefer: np.ndarray | None = None) -> np.ndarray:
@@ -31,3 +32,15 @@ def grouped_inputs(needed: np.ndarray, rows: np.ndarray, groups: int, prefer: np
     """Input channels to read (bool, flat), given those needed and the output channels that are kept."""
     there = None if prefer is None else prefer.reshape(groups, -1)
     return rectangle(needed.reshape(groups, -1), rows.reshape(groups, -1).any(1), there).reshape(-1)
+
+
+def as_rows(weight: torch.Tensor, groups: int) -> torch.Tensor:
+    """A grouped transposed convolution's weight (in, out / groups, ...) as that of a convolution:
+    (out, in / groups, ...)."""
+    parted = weight.unflatten(0, (groups, weight.shape[0] // groups))
+    return parted.transpose(1, 2).flatten(0, 1)
+
+
+def as_transposed(rows: torch.Tensor, groups: int) -> torch.Tensor:
+    """Inverse of :func:`as_rows`."""
+    return as_rows(rows, groups)  # the same exchange of two dimensions inside every group
