@@ -15,6 +15,7 @@ from torch import fx
 from torch.fx import Node
 from torch.fx.node import map_arg
 
+from . import large
 from .flow import FlowNode
 from .flow.effects import Contract, Mixing, Movement, PerChannel, Pointwise
 from .plan import Piece, Plan, Read
@@ -80,10 +81,10 @@ class _Lowering:
         assert isinstance(effect, Contract)
         cut = self.plan.contractions[node.name]
         weight = self._tensor(effect.weight)
-        new = _take(weight, effect.weight_out, cut.rows) if effect.groups == 1 else weight
+        chosen = {effect.weight_out: cut.rows} if effect.groups == 1 else {}
         if cut.columns is not None and effect.weight_in is not None:
-            new = _take(new, effect.weight_in, cut.columns)
-        new = new.clone() if new is weight else new
+            chosen[effect.weight_in] = cut.columns
+        new = large.cut(weight, chosen)
         zero = [i for i, row in enumerate(cut.rows) if row in set(cut.zero_rows)]
         if zero:
             new.index_fill_(effect.weight_out, _index(zero, weight), 0.0)
@@ -94,8 +95,7 @@ class _Lowering:
 
     def _bias(self, bias: Node, rows: Sequence[int], delta: Sequence[float]) -> Node:
         old = self._tensor(bias)
-        new = _take(old, 0, rows)
-        new = new.clone() if new is old else new
+        new = large.cut(old, {0: rows})
         if delta:
             extra = torch.tensor(delta, dtype=torch.float64)[list(rows)]
             new = (new.double() + extra.to(new.device)).to(new.dtype)
@@ -307,13 +307,6 @@ class _Lowering:
         self.tensors[name], self.kinds[name] = tensor, kind
         self.attributes[name] = self.graph.get_attr(name)
         return self.attributes[name]
-
-
-def _take(tensor: torch.Tensor, dim: int, items: Sequence[int]) -> torch.Tensor:
-    """The chosen slices along ``dim``; the tensor itself where that is all of it, in order."""
-    if len(items) == tensor.shape[dim] and tuple(items) == tuple(range(len(items))):
-        return tensor
-    return tensor.index_select(dim, _index(items, tensor))
 
 
 def _index(items: Sequence[int], like: torch.Tensor) -> torch.Tensor:
