@@ -15,10 +15,11 @@ from torch import fx
 from torch.fx import Node
 from torch.fx.node import map_arg
 
+from . import large
+from .cutting import cut_weight
 from .flow import FlowNode
-from .flow.groups import as_rows, as_transposed
 from .flow.effects import Contract, Mixing, Movement, PerChannel, Pointwise
-from .plan import Contraction, Piece, Plan, Read
+from .plan import Piece, Plan, Read
 from .program import Program
 
 
@@ -86,24 +87,7 @@ class _Lowering:
         assert isinstance(effect, Contract)
         cut = self.plan.contractions[node.name]
         weight = self._tensor(effect.weight)
-        if effect.groups > 1 and cut.columns is not None:
-            transposed = effect.weight_out == 1
-            new = _take_grouped(as_rows(weight, effect.groups) if transposed else weight, effect.groups, cut)
-        else:
-            new = _take(weight, effect.weight_out, cut.rows) if cut.columns is not None or effect.groups == 1 else weight
-            if cut.columns is not None and effect.weight_in is not None:
-                new = _take(new, effect.weight_in, cut.columns)
-        new = new.clone() if new is weight else new
-        if cut.blank and effect.groups == 1 and effect.weight_in is not None:
-            blank = set(cut.blank)
-            new.index_fill_(
-                effect.weight_in, _index([i for i, c in enumerate(cut.columns or ()) if c in blank], weight), 0.0
-            )
-        zero = [i for i, row in enumerate(cut.rows) if row in set(cut.zero_rows)]
-        if zero:
-            new.index_fill_(0 if effect.groups > 1 else effect.weight_out, _index(zero, weight), 0.0)
-        if effect.groups > 1 and cut.columns is not None and transposed:
-            new = as_transposed(new, cut.groups).contiguous()
+        new = cut_weight(weight, effect, cut)
         swap = {effect.weight: self._attribute(effect.weight, new)}
         if effect.bias is not None:
             swap[effect.bias] = self._bias(effect.bias, cut.rows, cut.delta)
@@ -133,8 +117,7 @@ class _Lowering:
 
     def _bias(self, bias: Node, rows: Sequence[int], delta: Sequence[float]) -> Node:
         old = self._tensor(bias)
-        new = _take(old, 0, rows)
-        new = new.clone() if new is old else new
+        new = large.cut(old, {0: rows})
         if delta:
             extra = torch.tensor(delta, dtype=torch.float64)[list(rows)]
             new = (new.double() + extra.to(new.device)).to(new.dtype)
@@ -348,29 +331,6 @@ class _Lowering:
         self.tensors[name], self.kinds[name] = tensor, kind
         self.attributes[name] = self.graph.get_attr(name)
         return self.attributes[name]
-
-
-def _take(tensor: torch.Tensor, dim: int, items: Sequence[int]) -> torch.Tensor:
-    """The chosen slices along ``dim``; the tensor itself where that is all of it, in order."""
-    if len(items) == tensor.shape[dim] and tuple(items) == tuple(range(len(items))):
-        return tensor
-    return tensor.index_select(dim, _index(items, tensor))
-
-
-def _take_grouped(weight: torch.Tensor, groups: int, cut: Contraction) -> torch.Tensor:
-    """The kept rows of a grouped convolution's weight (out, in / groups, ...), each with the columns of its group."""
-    assert cut.columns is not None
-    width, rows = weight.shape[1], torch.tensor(cut.rows)
-    columns = torch.tensor(cut.columns).view(cut.groups, -1)
-    _, place = torch.unique(rows // (weight.shape[0] // groups), return_inverse=True)
-    blank = torch.zeros(groups * width, dtype=torch.bool)
-    blank[list(cut.blank)] = True
-    mine = columns[place]  # (rows, columns of the row's group)
-    index = (mine % width).to(weight.device)
-    new = weight.index_select(0, rows.to(weight.device))
-    new = new[torch.arange(len(rows), device=weight.device)[:, None], index]
-    new[blank[mine].to(weight.device)] = 0.0
-    return new
 
 
 def _index(items: Sequence[int], like: torch.Tensor) -> torch.Tensor:
