@@ -391,9 +391,8 @@ class _Analysis:
         return replace(found, whole=self._stray(node, found.links[0].operand))
 
     def _part(self, node: Node) -> None:
-        """``node`` computes with tensors whose channels lie over several dimensions: where one of these dimensions
-        holds blocks of channels (attention heads) that ``node`` can work with, the blocks are the channels from here on.
-        """
+        """``node`` computes with tensors whose channels lie over several dimensions. Where one of these holds blocks of
+        channels (attention heads) that ``node`` can work with, the blocks are the channels from here on."""
         scrambled = [n for n in self._inputs(node) if self.tracker.is_scrambled(n)]
         if not scrambled:
             return

@@ -25,13 +25,13 @@ def rectangle(needed: np.ndarray, groups: np.ndarray, prefer: np.ndarray | None 
 def grouped_rows(kept: np.ndarray, groups: int) -> np.ndarray:
     """Output channels to keep (bool, flat) so that all groups that stay are of one size."""
     table = kept.reshape(groups, -1)
-    return rectangle(table, table.any(1)).reshape(-1)
+    return rectangle(table, np.any(table, axis=1)).reshape(-1)
 
 
 def grouped_inputs(needed: np.ndarray, rows: np.ndarray, groups: int, prefer: np.ndarray | None = None) -> np.ndarray:
     """Input channels to read (bool, flat), given those needed and the output channels that are kept."""
     there = None if prefer is None else prefer.reshape(groups, -1)
-    return rectangle(needed.reshape(groups, -1), rows.reshape(groups, -1).any(1), there).reshape(-1)
+    return rectangle(needed.reshape(groups, -1), np.any(rows.reshape(groups, -1), axis=1), there).reshape(-1)
 
 
 def as_rows(weight: torch.Tensor, groups: int) -> torch.Tensor:

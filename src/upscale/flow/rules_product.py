@@ -1,4 +1,5 @@
-"""Rules for products of tensors: matrix products, einsum, attention. All are read as an einsum: a letter per dimension."""
+"""Rules for products of tensors: matrix products, einsum, attention. A product is read as an einsum: a letter for each
+dimension."""
 
 from __future__ import annotations
 

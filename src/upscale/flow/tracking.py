@@ -33,7 +33,7 @@ class Tracker:
         return [self.heads[n] for n in nodes if n in self.scrambled]
 
     def scramble(self, node: Node, effect: Movement, through: Node | None = None) -> None:
-        """Remember that the channels of ``node`` lie over several dimensions. ``through``: the list it is picked from."""
+        """Remember that the channels of ``node`` lie over several dimensions; ``through``: the list it is from."""
         self.scrambled[node] = (self.ancestor(effect.operand), self._since(effect))
         self.heads[node] = self.heads.get(effect.operand, node if through is None else through)
 
