@@ -15,6 +15,7 @@ from .capture import capture
 from .errors import ConstantOutputError, InputError, NonFiniteError, NothingToPruneError, UnsupportedModelError
 from .flow import Flow, analyse_flow
 from .flow.effects import Contract, PerChannel
+from .large import all_finite
 from .lowering import lower
 from .plan import MODES, Mode, Plan, make_plan
 from .program import Program
@@ -144,7 +145,7 @@ def check_finite(program: Program) -> None:
     """NaN or infinite parameters make zeros and equality meaningless."""
     for name, tensor in program.tensors.items():
         statistics = name.endswith(("running_mean", "running_var"))
-        if (program.kinds[name] == "parameter" or statistics) and not bool(torch.isfinite(tensor).all()):
+        if (program.kinds[name] == "parameter" or statistics) and not all_finite(tensor):
             raise NonFiniteError(f"{name} holds NaN or infinite values; the model cannot be pruned or verified")
 
 

@@ -141,10 +141,10 @@ def _row(
     )
     if isinstance(effect, Contract):
         out, inner = effect.weight_out, effect.weight_in
-        groups = effect.groups
+        groups = (effect.groups, plan.contractions[node.name].groups if new is not None else 0)
     else:
-        out, inner, groups = 0, 0, 1
-    ins = (0, 0) if inner is None else (before[inner] * groups, after[inner] * groups)
+        out, inner, groups = 0, 0, (1, 1)
+    ins = (0, 0) if inner is None else (before[inner] * groups[0], after[inner] * groups[1])
     read = "-" if new is None else _read_kind(plan, node)
     return LayerRow(
         name.rsplit(".", 1)[0] if "." in name else module_path(node) or name,
