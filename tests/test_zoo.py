@@ -159,7 +159,7 @@ def test_run_resume_and_markdown(
     assert "2 models: 1 exported, 1 equal" in capsys.readouterr().out
     rows = {row.model: row for row in read_rows(out)}
     assert rows["good"].good and rows["broken"].reason.startswith("RuntimeError")
-    assert "| mine | broken | no | build | RuntimeError: this model cannot be built" in page.read_text()
+    assert "| mine.csv | broken | no | build | RuntimeError: this model cannot be built" in page.read_text()
 
     before = out.read_bytes()
     assert in_process("zoo", "--suite", file, "--out", out) == 1
@@ -199,7 +199,7 @@ def test_ctrl_c_leaves_a_whole_table(tmp_path: Path) -> None:
 
 
 MISTAKES = [
-    (("zoo", "godo", "--suite", "mine.csv"), "no model 'godo' in mine: did you mean good?"),
+    (("zoo", "godo", "--suite", "mine.csv"), "no model 'godo' in mine.csv: did you mean good?"),
     (("zoo", "--suite", "nowhere.csv"), "no suite 'nowhere.csv'"),
     (("zoo", "--suite", "mine.csv", "--amount", "1"), "--amount must be more than 0 and less than 1"),
     (("zoo", "--suite", "mine.csv", "--side", "left"), "left"),
