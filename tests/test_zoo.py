@@ -25,9 +25,10 @@ from upscale.zoo.compare import DifferentError, relative_error, removed_share
 from upscale.zoo.inputs import InputsError, parse_inputs
 from upscale.zoo.markdown import document
 from upscale.zoo.process import Limits, run_job, worker_limit
+from upscale.zoo.randomise import randomise
 from upscale.zoo.rows import BadTableError, Row, Settings, merged, read_rows, write_rows
 from upscale.zoo.run import choose, left
-from upscale.zoo.subject import randomise
+from upscale.zoo.subject import Subject
 from upscale.zoo.suite_file import FileSuite
 from upscale.zoo.suites import SuiteError
 from upscale.zoo.worker import Job, examine
@@ -39,6 +40,7 @@ MODELS = {
     "Tagger": "tokens=int50:2x7 mask=ones:2x7",
     "Branching": IMAGE,
     "silent": IMAGE,
+    "deaf": IMAGE,
     "unmasked": IMAGE,
     "broken": IMAGE,
     "no_module": IMAGE,
@@ -103,6 +105,7 @@ ERRORS = [
     ("broken", "build", "RuntimeError: this model cannot be built ("),
     ("no_module", "build", "TypeError: support.zoo_models:no_module returned int"),
     ("silent", "build", "UntestableError: no output"),
+    ("deaf", "build", "UntestableError: the output hardly depends on the input"),
     ("unmasked", "mask", "NothingToPruneError: "),
     ("Branching", "export", "CaptureError: "),
 ]
@@ -342,12 +345,25 @@ def test_relative_error_of_nested_results() -> None:
 
 
 def test_randomised_models_have_no_regular_parameters() -> None:
-    model = randomise(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.LayerNorm(4)))
-    for name, tensor in model.state_dict().items():
+    def made() -> Subject:
+        torch.manual_seed(0)
+        weak = nn.Conv2d(3, 4, 3)
+        nn.init.normal_(weak.weight, std=1e-4)
+        model = nn.Sequential(weak, nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.LayerNorm(16), nn.Linear(16, 2))
+        subject = Subject(model.eval(), (torch.randn(2, 3, 4, 4),))
+        randomise(subject)
+        return subject
+
+    subject = made()
+    for name, tensor in subject.model.state_dict().items():
         if tensor.is_floating_point():
             assert tensor.unique().numel() == tensor.numel(), name
-    again = randomise(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.LayerNorm(4)))
-    assert torch.equal(again[1].running_var, model[1].running_var)  # type: ignore[union-attr]
+    assert not any(module.training for module in subject.model.modules())
+    assert subject.model[1].momentum == 0.1  # type: ignore[index]
+    assert subject.model[0].weight.std() > 0.1  # type: ignore[index]
+    normed = subject.model[:2](*subject.args)  # type: ignore[index]
+    assert 0.2 < normed.std() < 5  # the statistics are near those of the example
+    assert torch.equal(subject.call(subject.model), made().call(made().model))
 
 
 # -- the suites that are built in -------------------------------------------------------------------------------------
@@ -379,4 +395,4 @@ def test_columns_of_the_table_are_documented_by_their_names(tmp_path: Path) -> N
     write_rows(path, [])
     with path.open() as file:
         header = next(csv.reader(file))
-    assert header[:7] == ["suite", "model", "exported", "equal", "error", "batches", "dtype"]
+    assert header[:6] == ["suite", "model", "exported", "equal", "error", "sensitivity"]

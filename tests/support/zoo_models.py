@@ -48,6 +48,15 @@ def silent() -> nn.Module:
     return Silent()
 
 
+class Deaf(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 1e-9 + 1
+
+
+def deaf() -> nn.Module:
+    return Deaf()
+
+
 def unmasked() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
 
