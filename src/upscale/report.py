@@ -14,7 +14,7 @@ from rich.table import Table
 from torch.fx import Node
 
 from .flow import Flow
-from .flow.effects import Contract, PerChannel
+from .flow.effects import Contract, PerChannel, size_of
 from .plan import Plan
 from .program import Program, module_path
 
@@ -173,7 +173,7 @@ def _flops(node: Node, weight: torch.Size, effect: Contract | PerChannel) -> int
         return 0
     source = effect.operand if "conv_transpose" in str(node.target) else node
     assert source is not None
-    shape = [s.node.hint if isinstance(s, torch.SymInt) else int(s) for s in source.meta["val"].shape]
+    shape = [size_of(s) for s in source.meta["val"].shape]
     channel = effect.out_dim if source is node else (effect.in_dim if isinstance(effect, Contract) else effect.dim)
     positions = prod(s for i, s in enumerate(shape) if i not in (0, channel)) if len(shape) > 1 else 1
     return 2 * prod(weight) * positions

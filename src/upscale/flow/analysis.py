@@ -28,6 +28,7 @@ from .effects import (
     PerChannel,
     Pointwise,
     is_tensor,
+    size_of,
 )
 from .model import FlowNode, Link, Split
 from .registry import find
@@ -64,7 +65,7 @@ class _Analysis:
     def shape(self, node: Node) -> tuple[int, ...]:
         if node not in self.shapes:
             val = node.meta["val"]
-            self.shapes[node] = tuple(s.node.hint if isinstance(s, torch.SymInt) else int(s) for s in val.shape)
+            self.shapes[node] = tuple(size_of(s) for s in val.shape)
         return self.shapes[node]
 
     def channels(self, node: Node) -> Channels | None:
@@ -186,7 +187,7 @@ class _Analysis:
             link = Link(effect.operand, effect.in_dim, np.arange(channels.size))
             return FlowNode(node, "fresh", effect, fresh, (link,), pinned=pinned)
         whole = () if channels is None else ((effect.operand, True),)
-        size = self.shape(effect.operand)[effect.in_dim]
+        size = self.shape(effect.weight)[effect.weight_in or 0] * (effect.groups if effect.weight_in == 1 else 1)
         link = Link(effect.operand, effect.in_dim, np.arange(size), anchored=True)
         return FlowNode(node, "fresh", effect, fresh, (link,), whole, pinned=pinned)
 
@@ -217,7 +218,7 @@ class _Analysis:
         for n in operands:
             shape, channels = self.shape(n), self.channels(n)
             own = dim - (rank - len(shape))
-            if own < 0 or shape[own] != size:  # the same value for every channel
+            if own < 0 or (shape[own] == 1 and size > 1):  # the same value for every channel
                 if channels is not None and not channels.weak:
                     whole.append((n, True))
             elif channels is not None and channels.dim == own:

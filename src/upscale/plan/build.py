@@ -7,7 +7,7 @@ from torch.fx import Node
 
 from ..errors import InputError
 from ..flow import Flow, FlowNode, Link
-from ..flow.effects import Barrier, Contract, reads_values
+from ..flow.effects import Barrier, Contract, reads_values, size_of
 from ..program import where
 from .keep import Kept, decide_kept
 from .model import MODES, Contraction, Layout, Mode, Plan, Read
@@ -114,7 +114,7 @@ class _Builder:
             assert f.split is not None
             blocks = f.links[0].positions[self.positions[node]]
             self._read(node, f.links[0], f.split.in_order(blocks))
-        elif f.kind in ("transit", "concat", "list"):
+        elif f.kind in ("transit", "concat", "select", "list"):
             for link in f.links:
                 if (node, link.operand) in self.flow.replaced:
                     self._replace(node, link)
@@ -262,7 +262,7 @@ class _Builder:
             return wanted
         stored = self.positions[source]  # this operand is read straight: its positions are the layer's columns
         rows, val = len(self.positions[node]), node.meta["val"]
-        outputs = [_size(s) for d, s in enumerate(val.shape) if d not in (0, effect.out_dim)]
+        outputs = [size_of(s) for d, s in enumerate(val.shape) if d not in (0, effect.out_dim)]
         window = float(np.prod(effect.weight.meta["val"].shape[2:]))
         per_channel = rows * window * float(np.prod(outputs))
         extra = len(stored) - len(wanted)
@@ -270,7 +270,8 @@ class _Builder:
 
     def _elements(self, node: Node) -> float:
         """Elements of one channel of one example."""
-        return float(np.prod([_size(s) for d, s in enumerate(node.meta["val"].shape) if d not in (0, self._dim(node))]))
+        sizes = [size_of(s) for d, s in enumerate(node.meta["val"].shape) if d not in (0, self._dim(node))]
+        return float(np.prod(sizes))
 
     def _as_stored(self, link: Link, wanted: np.ndarray) -> np.ndarray:
         """A contraction takes its inputs in any order: in that in which they are stored."""
@@ -295,8 +296,3 @@ class _Builder:
             for n, f in self.flow.nodes.items()
             if isinstance(f.effect, Barrier) and not f.effect.silent and f.whole and n in self.flow.used
         )
-
-
-def _size(size: object) -> int:
-    """A size of the captured example as a number."""
-    return int(size.node.hint) if hasattr(size, "node") else int(size)  # type: ignore[call-overload]
