@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import torch.nn.utils.prune  # noqa: F401 - fuzzed networks use it as nn.utils.prune
+import torch.nn.utils.prune
 from torch import nn
 
 from .graph import Graph, Input, Step
@@ -25,7 +25,7 @@ LARGEST = 6000  # elements of one tensor, per example
 NAMESPACE: dict[str, Any] = {"torch": torch, "nn": nn, "F": F, "math": math}
 
 
-class Reject(Exception):  # noqa: N818 - not an error: the step just does not fit
+class Reject(Exception):
     """The step cannot be done with these tensors."""
 
 
@@ -62,7 +62,7 @@ Predicate = Callable[[T], bool]
 
 
 def fill(model: nn.Module, seed: int, seen: set[str] | None = None) -> None:
-    """Random values for every floating parameter and buffer, each from a seed of its own name (names in ``seen`` stay)."""
+    """Random values for every floating parameter and buffer, each from a seed of its own name; ``seen`` ones stay."""
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if not tensor.is_floating_point() or (seen is not None and name in seen):
@@ -314,7 +314,7 @@ class Builder:
 def _tensor(name: str, values: list[Any]) -> T:
     """Describe a result by what it is at the two batch sizes; Reject what is no good."""
     first, second = values
-    good = isinstance(first, torch.Tensor) and 1 <= first.dim() <= 6 and first.shape[1:] == second.shape[1:]
+    good = isinstance(first, torch.Tensor) and 2 <= first.dim() <= 6 and first.shape[1:] == second.shape[1:]
     if not good or not first.numel() or first.shape[0] * BATCHES[1] != second.shape[0] * BATCHES[0]:
         raise Reject
     if first.shape[0] % BATCHES[0] or first.numel() > LARGEST * BATCHES[0] or first.dtype == torch.bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Input:
-    """One argument of ``forward``: its dimensions after the batch; ``vocabulary`` > 0 makes it integer ids below that."""
+    """One argument of ``forward``: its dimensions after the batch; with a ``vocabulary``: ids below it."""
 
     name: str
     dims: tuple[int, ...]

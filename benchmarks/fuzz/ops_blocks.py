@@ -38,7 +38,8 @@ def inverted(b: Frame) -> str:
     b.need(hidden <= 16)
     y = f"F.relu6({b.module(f'nn.Conv{nd}d({c}, {hidden}, 1, bias=False)')}({x}))"
     y = b.let(f"{b.module(f'nn.Conv{nd}d({hidden}, {hidden}, 3, padding=1, groups={hidden})')}({y})")
-    y = f"{b.module(f'nn.Conv{nd}d({hidden}, {c}, 1)')}({b.pick('act', ('F.relu', 'torch.sigmoid', 'F.hardswish'))}({y}))"
+    act = b.pick("act", ("F.relu", "torch.sigmoid", "F.hardswish"))
+    y = f"{b.module(f'nn.Conv{nd}d({hidden}, {c}, 1)')}({act}({y}))"
     return f"{x} + {y}" if b.flag("residual") else y
 
 

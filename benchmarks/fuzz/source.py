@@ -155,7 +155,7 @@ def script(builder: Builder, graph: Graph, title: str, diagnosis: str, verify: b
         example_seed=graph.seed + 100,
         reads=tuple(graph.reads),
         verify=verify,
-        trials="(example, inputs(%d, %d))" % (graph.other, graph.seed + 101) if batched else "(example,)",
+        trials=f"(example, inputs({graph.other}, {graph.seed + 101}))" if batched else "(example,)",
     )
 
 
