@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import faulthandler
 import itertools
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,7 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    console = Console()
+    console = Console(file=sys.stdout)  # this very file: judging redirects what torch prints
+    if not console.is_terminal:
+        console = Console(file=sys.stdout, width=200)
     session = Session(chosen.folder, chosen.limit, chosen.shrink, chosen.longest)
     seeds = itertools.count(chosen.seed) if chosen.count is None else range(chosen.seed, chosen.seed + chosen.count)
     _run(session, seeds, chosen.seconds, console)

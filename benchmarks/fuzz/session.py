@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .build import rebuild
+from .build import Reject, rebuild
 from .catalogue import CATALOGUE
 from .generate import FAMILY_OF, draw
 from .graph import Graph
@@ -52,7 +53,7 @@ class Session:
     def example(self, seed: int) -> Verdict:
         """Judge the example of one seed."""
         graph = draw(seed, self.longest)
-        verdict = judge(graph, self.limit)
+        verdict = self._judge(graph)
         self.outcomes[verdict.outcome] += 1
         for family in graph.families(FAMILY_OF):
             self.families.setdefault(family, Counter())[verdict.outcome] += 1
@@ -61,18 +62,28 @@ class Session:
             self._record(seed, graph, verdict)
         return verdict
 
+    def _judge(self, graph: Graph) -> Verdict:
+        """The verdict; a fault of the fuzzer itself is one too, so that a long session goes on."""
+        try:
+            return judge(graph, self.limit)
+        except Reject:
+            return Verdict("invalid")
+        except Exception as error:
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            return Verdict("fuzzer error", f"{type(error).__name__} in {place.name}", traceback.format_exc())
+
     def _record(self, seed: int, graph: Graph, verdict: Verdict) -> None:
         """Shrink a failure and write its script, unless one like it was written before."""
         for known in self.failures:
             if known.verdict.like(verdict) and not verdict.outcome.startswith("wrong"):
                 known.count += 1
                 return
-        small = Shrinker(graph, lambda g: judge(g, self.limit).like(verdict), self.shrink_seconds).run()
+        small = Shrinker(graph, lambda g: self._judge(g).like(verdict), self.shrink_seconds).run()
         for known in self.failures:
             if known.verdict.like(verdict) and _ops(known.graph) == _ops(small):
                 known.count += 1
                 return
-        verdict = judge(small, self.limit)
+        verdict = self._judge(small)
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{verdict.outcome.split(',')[0].replace(' ', '_')}_{seed}.py"
         path.write_text(standalone(small, verdict, seed))

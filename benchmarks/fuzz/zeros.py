@@ -116,7 +116,16 @@ class Masker:
     def draw(self) -> tuple[Zero, ...]:
         """One kind of mask, or two kinds one over the other."""
         kinds = [self.rng.choice(KINDS) for _ in range(self.rng.choice((1, 1, 2)))]
-        return tuple(zero for kind in kinds for zero in getattr(self, f"_{kind}")())
+        drawn = [zero for kind in kinds for zero in getattr(self, f"_{kind}")()]
+        return tuple(zero for zero in dict.fromkeys(drawn) if self._normable(zero, drawn))
+
+    def _normable(self, zero: Zero, drawn: list[Zero]) -> bool:
+        """A direction of a weight norm must keep something in every row: a row of zeros has no direction."""
+        if not zero.name.endswith(("weight_v", "original1")):
+            return True
+        first = next(z for z in drawn if z.name == zero.name)
+        dims = [dim for dim, _ in zero.block]
+        return zero == first and dims == [1] and len(zero.block[0][1]) < self.shapes[zero.name][1]
 
     def _input(self) -> Iterator[Zero]:
         for site in self.sites:
