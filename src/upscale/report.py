@@ -37,7 +37,8 @@ class Report:
     """Before and after of one export.
 
     ``flops`` counts two operations per multiply-add of convolutions and linear layers, for one example.
-    ``reads`` counts how readers get their channels. ``barriers`` are operators whose channels could not be touched, as
+    ``reads`` counts how readers get their channels. ``kept`` lists channels that nobody needs and that stay by choice,
+    as (layer, "input" or "output", how many, why). ``barriers`` are operators whose channels could not be touched, as
     (where, operator, reason). ``seconds`` gives the time of every stage. Pickles as its text, so that a pickled model
     needs nothing of this library.
     """
@@ -48,6 +49,7 @@ class Report:
     reads: dict[str, int]
     barriers: tuple[tuple[str, str, str], ...]
     notes: tuple[str, ...]
+    kept: tuple[tuple[str, str, int, str], ...]
     removed: tuple[str, ...]
     seconds: dict[str, float]
     error: float | None = None
@@ -106,6 +108,8 @@ class Report:
         lines.append("seconds     " + ", ".join(f"{k} {v:.2f}" for k, v in self.seconds.items()))
         for place, operator, reason in self.barriers:
             lines.append(f"barrier     {operator} at {place}: {reason}")
+        for layer, side, count, reason in self.kept:
+            lines.append(f"kept        {count} {side} channels of {layer}: {reason}")
         lines += [f"note        {note}" for note in self.notes]
         return "\n".join(line.replace("[", r"\[") for line in lines)
 
@@ -155,6 +159,12 @@ def _row(
         (_flops(node, before, effect), _flops(node, after, effect)),
         read,
     )
+
+
+def kept_by_choice(program: Program, plan: Plan) -> tuple[tuple[str, str, int, str], ...]:
+    """The plan's choices with the layers' own names."""
+    nodes = {n.name: n for n in program.graph.nodes}
+    return tuple((module_path(nodes[c.layer]) or c.layer, c.side, c.channels, c.reason) for c in plan.choices)
 
 
 def _read_kind(plan: Plan, node: Node) -> str:

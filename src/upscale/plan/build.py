@@ -10,10 +10,13 @@ from ..flow import Flow, FlowNode, Link
 from ..flow.effects import Barrier, Contract, reads_values, size_of
 from ..program import where
 from .keep import Kept, decide_kept
-from .model import MODES, Contraction, Layout, Mode, Plan, Read
+from .model import MODES, Choice, Contraction, Layout, Mode, Plan, Read
 from .reads import choose_read, whole_is_cheaper
 from .sources import Located, locate
 from .spaces import elements, find_parts, rank_classes
+
+_FILLED = "all groups of a grouped convolution are of one size"
+_WIDE = "reading them with zero weights costs less than picking the others"
 
 
 def make_plan(flow: Flow, mode: Mode = "auto", reorder: bool = True) -> Plan:
@@ -42,7 +45,7 @@ class _Builder:
         self.reads: dict[str, dict[str, Read]] = {}
         self.contractions: dict[str, Contraction] = {}
         self.constants: dict[str, dict[str, tuple[float, ...]]] = {}
-        self.choices: list[tuple[str, int]] = []
+        self.choices: list[Choice] = []
 
     def run(self) -> Plan:
         for node in self.kept.stored:
@@ -225,7 +228,9 @@ class _Builder:
             columns = None if f.pinned else tuple(wanted.tolist())
             blank = wanted[~demand.inputs[wanted]] if demand.blank is None else np.flatnonzero(demand.blank)
             if len(blank) and not f.pinned:
-                self.choices.append((node.name, len(blank)))
+                self.choices.append(Choice(node.name, "input", len(blank), _FILLED if effect.groups > 1 else _WIDE))
+        if demand.filled is not None and (spare := int((demand.filled | ~self.flow.live[node])[rows].sum())):
+            self.choices.append(Choice(node.name, "output", spare, _FILLED))
         groups = len(np.unique(rows // (len(self.physical[node]) // effect.groups)))
         self.contractions[node.name] = Contraction(
             tuple(rows.tolist()),
@@ -248,7 +253,7 @@ class _Builder:
         """
         place = locate(self.flow, self.kept.virtual, link, link.positions[wanted])
         source = place.tensors[0] if len(place.tensors) == 1 and not (place.which < 0).any() else None
-        if source is None or source is not link.operand or source not in self.positions:
+        if source is None or source is not link.operand or source not in self.positions or link.anchored:
             return wanted
         if self.mode == "baseline":
             units = self.flow.nodes[source].channels.units  # type: ignore[union-attr]
