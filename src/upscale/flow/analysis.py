@@ -219,13 +219,13 @@ class _Analysis:
             shape, channels = self.shape(n), self.channels(n)
             own = dim - (rank - len(shape))
             if own < 0 or (shape[own] == 1 and size > 1):  # the same value for every channel
-                if channels is not None and not channels.weak:
+                if channels is not None:
                     whole.append((n, True))
             elif channels is not None and channels.dim == own:
                 links.append(Link(n, own, np.arange(size)))
             elif size > 1 or channels is None:
                 links.append(Link(n, own, np.arange(size), anchored=True))
-                if channels is not None and not channels.weak:
+                if channels is not None:
                     whole.append((n, True))
         return tuple(links), tuple(whole)
 
@@ -403,11 +403,15 @@ class _Analysis:
             self.flow.update(zip(scrambled, choice, strict=True))
             effect = find(self._op(node))
             found = self._flow_of(node, effect) if not isinstance(effect, Barrier) else None
-            if found is not None and found.kind not in ("barrier", "opaque") and not found.whole:
+            if found is not None and found.kind not in ("barrier", "opaque") and not self._needs_whole(found):
                 for n in scrambled:
                     self.tracker.unscramble(n)
                 return
         self.flow.update(before)
+
+    def _needs_whole(self, flow: FlowNode) -> bool:
+        """Whether the node needs all channels of an activation."""
+        return any(c is not None and not c.weak for c in (self.channels(n) for n, _ in flow.whole))
 
     def _settle(self, node: Node) -> None:
         """``node`` computes with a tensor whose channels lie over several dimensions: the movement that spread them
