@@ -1,6 +1,8 @@
 # Every target sets up .venv by itself (about a minute the first time; again when the stamp's inputs change).
 PYTHON ?= python3
 WORKERS ?= 2
+SECONDS ?= 60
+SEED ?= 0
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -10,12 +12,13 @@ RUN := $(BIN)/python
 export OMP_NUM_THREADS ?= 1
 export KINETO_LOG_LEVEL ?= 6
 
-.PHONY: help venv demo test check format bench matrix results zoo wheel clean
+.PHONY: help venv demo test check format fuzz bench matrix results zoo wheel clean
 
 help:
 	@echo "make demo     train a small net on scikit-learn's digits, mask it, export it, compare"
 	@echo "make test     run the tests"
 	@echo "make check    ruff (lint, format) and mypy"
+	@echo "make fuzz     random networks for SECONDS=60, masked against exported; failures go to fuzz-failures/"
 	@echo "make bench    time and memory of an export, network by network"
 	@echo "make matrix   every network x every mask (long)"
 	@echo "make zoo      every model of torchvision, timm and transformers (hours), written to docs/coverage.md"
@@ -44,6 +47,9 @@ check: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+fuzz: $(STAMP)
+	$(RUN) -m benchmarks.fuzz --seconds $(SECONDS) --seed $(SEED)
 
 bench: $(STAMP)
 	$(RUN) -m benchmarks.bench

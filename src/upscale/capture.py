@@ -25,8 +25,10 @@ from upscale.guards import fixed_size, size_guards, text_guards
 from upscale.importing import import_graph
 from upscale.program import Program, is_users_file, module_path
 from upscale.signature import Argument, Signature, Tree, bind, call_with, flat_shapes, flatten
-from upscale.spelling import spell_out_linears
+from upscale.spelling import normalise_spelling
 from upscale.weights import fold_weight_slots
+
+_MOST_NOTES = 5  # of one kind
 
 
 class _Adaptor(nn.Module):
@@ -185,8 +187,9 @@ def _program(model: nn.Module, arguments: tuple[Argument, ...], names: tuple[str
     notes = list(export.notes)
     notes += [f"a relation between input sizes is not checked: {text}" for text in (*missing, *unread)]
     imported = import_graph(export.exported, model, "model")
+    notes += list(dict.fromkeys(imported.notes))[:_MOST_NOTES]
     notes += functionalise(imported, names)
-    spell_out_linears(imported)
+    normalise_spelling(imported)
     notes += fold_weight_slots(imported)
     executed = _executed(imported.graph)
     spare = _spare(model, imported.tensors, imported.consumed, executed, imported.canonical)

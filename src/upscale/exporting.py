@@ -20,7 +20,7 @@ from .lowering import lower
 from .plan import MODES, Mode, Plan, make_plan
 from .program import Program
 from .raising import raise_program
-from .report import Report, count_parameters, layer_rows
+from .report import Report, count_parameters, kept_by_choice, layer_rows
 from .signature import call_with, flatten
 from .verification import Verification, verify
 
@@ -221,6 +221,7 @@ def make_report(
         reads=dict(compiled.plan.read_counts()),
         barriers=compiled.plan.barriers,
         notes=program.notes,
+        kept=kept_by_choice(program, compiled.plan),
         removed=tuple(sorted(before - set(pruned.state_dict()))),
         seconds=seconds,
         error=None if verification is None else verification.error,

@@ -68,7 +68,8 @@ class _Lowering:
                 "fresh": self._contraction,
                 "transit": self._transit,
                 "split": self._split,
-                "concat": self._concat,
+                "concat": self._joined,
+                "select": self._joined,
             }
             new = handler.get(self.nodes[node].kind, self._plain)(node)
         self.env[node.name] = new
@@ -78,7 +79,7 @@ class _Lowering:
     def _plain(self, node: Node) -> Node:
         return self._call(node, {})
 
-    def _concat(self, node: Node) -> Node:
+    def _joined(self, node: Node) -> Node:
         reads = self.plan.reads[node.name]
         return self._realise(next(iter(reads.values())), like=node)
 
@@ -106,7 +107,7 @@ class _Lowering:
             assert isinstance(operand, Node)
             return self._call(node, {operand: read})
         if whole:
-            return self._call(node, {})  # as it was written: the movements in between are emitted on the way
+            return self._as_written(node)
         shape = (len(self.plan.layouts[node.name].positions), link.positions.shape[1])
         parted = self.graph.call_function(torch.ops.aten.unflatten.int, (read, link.dim, list(shape)))
         new = self.graph.call_function(torch.ops.aten.permute.default, (parted, list(split.permute)))
@@ -114,6 +115,13 @@ class _Lowering:
             made.meta = {k: v for k, v in node.meta.items() if k != "val"} | {"rewritten": True}
         new.meta["origin"] = node.name
         return new
+
+    def _as_written(self, node: Node) -> Node:
+        """A chain of movements from a tensor that is whole, link by link."""
+        for operand in node.all_input_nodes:
+            if operand.op != "get_attr" and operand.name not in self.env:
+                self.env[operand.name] = self._as_written(operand)
+        return self._plain(node)
 
     def _bias(self, bias: Node, rows: Sequence[int], delta: Sequence[float]) -> Node:
         old = self._tensor(bias)
@@ -212,8 +220,6 @@ class _Lowering:
 
     def _stored(self, node: Node) -> Node:
         if node.op != "get_attr":
-            if node.name not in self.env:  # a movement on paper only, wanted after all
-                self.env[node.name] = self._plain(node)
             return self.env[node.name]
         layout = self.plan.layouts.get(node.name)
         old = self._tensor(node)
@@ -269,13 +275,16 @@ class _Lowering:
     def _cut(self, source: Node, dim: int, piece: Piece) -> Node:
         if not piece.indices:
             return self._insert(torch.narrow, (source, dim, 0, 0))
-        if self._covers(piece):
+        if self._covers(dim, piece):
             return source
         return self._insert(torch.narrow, (source, dim, piece.indices[0], len(piece.indices)))
 
-    def _covers(self, piece: Piece) -> bool:
+    def _covers(self, dim: int, piece: Piece) -> bool:
+        """Whether a slice is all there is along ``dim``, which need not be where the tensor's channels lie."""
         layout = self.plan.layouts.get(piece.source or "")
-        return layout is not None and piece.indices == tuple(range(len(layout.positions)))
+        if layout is None or layout.dim != dim:
+            return False
+        return piece.indices == tuple(range(len(layout.positions)))
 
     def _pad(self, part: Node, dims: int, low: int, high: int, value: float) -> Node:
         """Pad the ``dims``-th dimension from the last."""

@@ -1,4 +1,7 @@
-"""Linear layers in other words: ``x @ weight.T + bias`` and ``addmm(bias, x, weight.T)`` are written as ``linear``."""
+"""Calls in other words, with exactly the same result: one spelling for each thing that the flow rules have to know.
+
+``x @ weight.T + bias`` and ``addmm(bias, x, weight.T)`` are ``linear``; ``x.expand_as(y)`` is ``x.expand(sizes)``.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,14 @@ from upscale.importing import Imported
 _aten = torch.ops.aten
 
 
-def spell_out_linears(imported: Imported) -> None:
-    """Replace matrix products with a transposed parameter by ``aten.linear``, which computes exactly the same."""
+def normalise_spelling(imported: Imported) -> None:
+    """Replace matrix products with a transposed parameter by ``linear``, ``expand_as`` by ``expand``."""
     for node in list(imported.graph.nodes):
         if node.op != "call_function":
             continue
-        if node.target in (_aten.matmul.default, _aten.mm.default):
+        if node.target is _aten.expand_as.default:
+            _expand(imported, node)
+        elif node.target in (_aten.matmul.default, _aten.mm.default):
             weight = _transposed(node.args[1])
             if weight is not None and isinstance(node.args[0], fx.Node):
                 _replace(imported, *_with_bias(node, weight))
@@ -64,3 +69,20 @@ def _replace(imported: Imported, node: fx.Node, args: tuple[Any, ...]) -> None:
         made = imported.graph.call_function(_aten.linear.default, args)
     made.meta = dict(node.meta)
     node.replace_all_uses_with(made)
+
+
+def _expand(imported: Imported, node: fx.Node) -> None:
+    """``expand_as`` reads but the sizes of the other tensor: with these spelled out, its channels may go."""
+    source, like = node.args
+    assert isinstance(like, fx.Node)
+    sizes: list[Any] = []
+    with imported.graph.inserting_before(node):
+        for dim, size in enumerate(like.meta["val"].shape):
+            if not isinstance(size, int):
+                made = imported.graph.call_function(_aten.sym_size.int, (like, dim))
+                made.meta = {"val": size}
+                size = made
+            sizes.append(size)
+        expanded = imported.graph.call_function(_aten.expand.default, (source, sizes))
+    expanded.meta = dict(node.meta)
+    node.replace_all_uses_with(expanded)

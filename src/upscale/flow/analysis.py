@@ -28,6 +28,7 @@ from .effects import (
     PerChannel,
     Pointwise,
     is_tensor,
+    size_of,
 )
 from .model import FlowNode, Link, Split
 from .registry import find
@@ -64,7 +65,7 @@ class _Analysis:
     def shape(self, node: Node) -> tuple[int, ...]:
         if node not in self.shapes:
             val = node.meta["val"]
-            self.shapes[node] = tuple(s.node.hint if isinstance(s, torch.SymInt) else int(s) for s in val.shape)
+            self.shapes[node] = tuple(size_of(s) for s in val.shape)
         return self.shapes[node]
 
     def channels(self, node: Node) -> Channels | None:
@@ -186,7 +187,7 @@ class _Analysis:
             link = Link(effect.operand, effect.in_dim, np.arange(channels.size))
             return FlowNode(node, "fresh", effect, fresh, (link,), pinned=pinned)
         whole = () if channels is None else ((effect.operand, True),)
-        size = self.shape(effect.operand)[effect.in_dim]
+        size = self.shape(effect.weight)[effect.weight_in or 0] * (effect.groups if effect.weight_in == 1 else 1)
         link = Link(effect.operand, effect.in_dim, np.arange(size), anchored=True)
         return FlowNode(node, "fresh", effect, fresh, (link,), whole, pinned=pinned)
 
@@ -217,14 +218,14 @@ class _Analysis:
         for n in operands:
             shape, channels = self.shape(n), self.channels(n)
             own = dim - (rank - len(shape))
-            if own < 0 or shape[own] != size:  # the same value for every channel
-                if channels is not None and not channels.weak:
+            if own < 0 or (shape[own] == 1 and size > 1):  # the same value for every channel
+                if channels is not None:
                     whole.append((n, True))
             elif channels is not None and channels.dim == own:
                 links.append(Link(n, own, np.arange(size)))
             elif size > 1 or channels is None:
                 links.append(Link(n, own, np.arange(size), anchored=True))
-                if channels is not None and not channels.weak:
+                if channels is not None:
                     whole.append((n, True))
         return tuple(links), tuple(whole)
 
@@ -402,11 +403,15 @@ class _Analysis:
             self.flow.update(zip(scrambled, choice, strict=True))
             effect = find(self._op(node))
             found = self._flow_of(node, effect) if not isinstance(effect, Barrier) else None
-            if found is not None and found.kind not in ("barrier", "opaque") and not found.whole:
+            if found is not None and found.kind not in ("barrier", "opaque") and not self._needs_whole(found):
                 for n in scrambled:
                     self.tracker.unscramble(n)
                 return
         self.flow.update(before)
+
+    def _needs_whole(self, flow: FlowNode) -> bool:
+        """Whether the node needs all channels of an activation."""
+        return any(c is not None and not c.weak for c in (self.channels(n) for n, _ in flow.whole))
 
     def _settle(self, node: Node) -> None:
         """``node`` computes with a tensor whose channels lie over several dimensions: the movement that spread them

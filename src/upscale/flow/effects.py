@@ -212,6 +212,17 @@ class Op:
         return tuple(n for n in dict.fromkeys(self.node.all_input_nodes) if is_tensor(n))
 
 
+UNSEEN = 7  # stands for a size that depends on values: it equals no other by chance of the example's sizes
+
+
+def size_of(size: object) -> int:
+    """A size, flag or number of the captured example as a plain number."""
+    if isinstance(size, (torch.SymInt, torch.SymFloat)):
+        hint = size.node.hint
+        return UNSEEN if hint is None else hint
+    return size  # type: ignore[return-value]
+
+
 def is_tensor(node: Node) -> bool:
     return isinstance(node.meta.get("val"), torch.Tensor)
 

@@ -184,7 +184,7 @@ class _Liveness:
     def _grouped(self, node: Node, flow: FlowNode, effect: Contract) -> None:
         """A grouped convolution: groups that nobody reads vanish, the others are filled up to one size."""
         link, own, groups = flow.links[0], self.constants.get(node), effect.groups
-        live = grouped_rows(self.live[node], groups)
+        asked, live = self.live[node], grouped_rows(self.live[node], groups)
         self.live[node] = live
         constant = np.zeros(len(live), dtype=bool)
         if own is not None:
@@ -197,7 +197,7 @@ class _Liveness:
         inputs = grouped_inputs(needed, live, groups, there)
         self._need(link, inputs)
         delta = torch.zeros(len(live), dtype=torch.float64)
-        self.demands[node] = Demand(inputs, constant, delta, None, not needed.any(), inputs & ~needed)
+        self.demands[node] = Demand(inputs, constant, delta, None, not needed.any(), inputs & ~needed, live & ~asked)
 
     def _input_constants(self, link: Link) -> tuple[np.ndarray, np.ndarray]:
         operand = None if link.anchored else self.constants.get(link.operand)

@@ -96,8 +96,8 @@ class Demand:
     ``inputs``: positions to read. ``constant``: rows whose value is known; they are emitted as a zero row.
     ``delta``: what the emitted contraction lacks per row (folded constants); it goes to the bias, or to the running
     mean of the batch norm that follows (``absorber``). ``starved``: nothing is needed; one input stands in, with
-    zero weights. ``blank``: inputs that are read only to make the groups of a grouped convolution equal, with zero
-    weights.
+    zero weights. ``blank``, ``filled``: inputs (with zero weights) and rows that are there only to make the groups of a
+    grouped convolution equal.
     """
 
     inputs: np.ndarray
@@ -106,6 +106,7 @@ class Demand:
     absorber: Node | None
     starved: bool = False
     blank: np.ndarray | None = None
+    filled: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,11 @@ class Tracker:
             return []
         alone = self.heads[node] is node and node.all_input_nodes[0] is ancestor
         found = []
-        for blocks in lab.find_blocks(run, shape, channels.dim, run if alone else None):
+        try:
+            options = lab.find_blocks(run, shape, channels.dim, run if alone else None)
+        except (RuntimeError, IndexError, ValueError):  # as in moved
+            return []
+        for blocks in options:
             out = Channels(blocks.dim, np.arange(len(blocks.positions)), channels.weak)
             link = Link(ancestor, channels.dim, blocks.positions)
             found.append(FlowNode(node, "split", None, out, (link,), split=Split(blocks.permute)))
@@ -64,12 +68,15 @@ class Tracker:
         channels, shape = self.channels(ancestor), self.shape(ancestor)
         if channels is None or channels.size == 1:
             return None
-        moved = lab.summarise(run(lab.channel_labels(shape, channels.dim)))
+        try:
+            moved = lab.summarise(run(lab.channel_labels(shape, channels.dim)))
+        except (RuntimeError, IndexError, ValueError):  # sizes that depend on values: where channels go is not known
+            return None
         if moved is None:
             return None
         merge = lab.merge_pattern(moved.positions, channels.size) if operand is ancestor else None
-        if merge not in (None, (1, 1)) and not isinstance(node.meta["val"].shape[moved.dim], int):
-            return None  # merged with a dimension whose size may change: positions mean nothing
+        if not isinstance(node.meta["val"].shape[moved.dim], int):
+            return None  # merged with a dimension whose size may change, or picked by values: positions mean nothing
         if merge is not None and (merge == (1, 1) or channels.unit_count == channels.size):
             link = Link(operand if through is None else through, channels.dim, moved.positions)
             units = channels.units if merge == (1, 1) else moved.positions

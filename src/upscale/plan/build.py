@@ -7,13 +7,16 @@ from torch.fx import Node
 
 from ..errors import InputError
 from ..flow import Flow, FlowNode, Link
-from ..flow.effects import Barrier, Contract, reads_values
+from ..flow.effects import Barrier, Contract, reads_values, size_of
 from ..program import where
 from .keep import Kept, decide_kept
-from .model import MODES, Contraction, Layout, Mode, Plan, Read
+from .model import MODES, Choice, Contraction, Layout, Mode, Plan, Read
 from .reads import choose_read, whole_is_cheaper
 from .sources import Located, locate
 from .spaces import elements, find_parts, rank_classes
+
+_FILLED = "all groups of a grouped convolution are of one size"
+_WIDE = "reading them with zero weights costs less than picking the others"
 
 
 def make_plan(flow: Flow, mode: Mode = "auto", reorder: bool = True) -> Plan:
@@ -42,7 +45,7 @@ class _Builder:
         self.reads: dict[str, dict[str, Read]] = {}
         self.contractions: dict[str, Contraction] = {}
         self.constants: dict[str, dict[str, tuple[float, ...]]] = {}
-        self.choices: list[tuple[str, int]] = []
+        self.choices: list[Choice] = []
 
     def run(self) -> Plan:
         for node in self.kept.stored:
@@ -114,7 +117,7 @@ class _Builder:
             assert f.split is not None
             blocks = f.links[0].positions[self.positions[node]]
             self._read(node, f.links[0], f.split.in_order(blocks))
-        elif f.kind in ("transit", "concat", "list"):
+        elif f.kind in ("transit", "concat", "select", "list"):
             for link in f.links:
                 if (node, link.operand) in self.flow.replaced:
                     self._replace(node, link)
@@ -225,7 +228,9 @@ class _Builder:
             columns = None if f.pinned else tuple(wanted.tolist())
             blank = wanted[~demand.inputs[wanted]] if demand.blank is None else np.flatnonzero(demand.blank)
             if len(blank) and not f.pinned:
-                self.choices.append((node.name, len(blank)))
+                self.choices.append(Choice(node.name, "input", len(blank), _FILLED if effect.groups > 1 else _WIDE))
+        if demand.filled is not None and (spare := int((demand.filled | ~self.flow.live[node])[rows].sum())):
+            self.choices.append(Choice(node.name, "output", spare, _FILLED))
         groups = len(np.unique(rows // (len(self.physical[node]) // effect.groups)))
         self.contractions[node.name] = Contraction(
             tuple(rows.tolist()),
@@ -248,7 +253,7 @@ class _Builder:
         """
         place = locate(self.flow, self.kept.virtual, link, link.positions[wanted])
         source = place.tensors[0] if len(place.tensors) == 1 and not (place.which < 0).any() else None
-        if source is None or source is not link.operand or source not in self.positions:
+        if source is None or source is not link.operand or source not in self.positions or link.anchored:
             return wanted
         if self.mode == "baseline":
             units = self.flow.nodes[source].channels.units  # type: ignore[union-attr]
@@ -262,7 +267,7 @@ class _Builder:
             return wanted
         stored = self.positions[source]  # this operand is read straight: its positions are the layer's columns
         rows, val = len(self.positions[node]), node.meta["val"]
-        outputs = [_size(s) for d, s in enumerate(val.shape) if d not in (0, effect.out_dim)]
+        outputs = [size_of(s) for d, s in enumerate(val.shape) if d not in (0, effect.out_dim)]
         window = float(np.prod(effect.weight.meta["val"].shape[2:]))
         per_channel = rows * window * float(np.prod(outputs))
         extra = len(stored) - len(wanted)
@@ -270,7 +275,8 @@ class _Builder:
 
     def _elements(self, node: Node) -> float:
         """Elements of one channel of one example."""
-        return float(np.prod([_size(s) for d, s in enumerate(node.meta["val"].shape) if d not in (0, self._dim(node))]))
+        sizes = [size_of(s) for d, s in enumerate(node.meta["val"].shape) if d not in (0, self._dim(node))]
+        return float(np.prod(sizes))
 
     def _as_stored(self, link: Link, wanted: np.ndarray) -> np.ndarray:
         """A contraction takes its inputs in any order: in that in which they are stored."""
@@ -295,8 +301,3 @@ class _Builder:
             for n, f in self.flow.nodes.items()
             if isinstance(f.effect, Barrier) and not f.effect.silent and f.whole and n in self.flow.used
         )
-
-
-def _size(size: object) -> int:
-    """A size of the captured example as a number."""
-    return int(size.node.hint) if hasattr(size, "node") else int(size)  # type: ignore[call-overload]

@@ -73,7 +73,7 @@ class _Decision:
                 self._transit(f)
             elif f.kind == "split":
                 self._want(f.links[0], np.ones(len(self.flow.live[node]), dtype=bool), tie=True, reader=f)
-            elif f.kind == "concat":
+            elif f.kind in ("concat", "select"):
                 for link in f.links:
                     self._want(link, self.flow.live[node], tie=False, reader=f)
         return self._result()
@@ -91,7 +91,7 @@ class _Decision:
                     self.forced.add(operand)
             elif operand in self.virtual and (channels := self._channels(operand)) is not None:
                 link = Link(operand, channels.dim, np.arange(channels.size))
-                self._want(link, np.ones(channels.size, dtype=bool), tie=False, reader=f)
+                self._want(link, np.ones(channels.size, dtype=bool), tie=False, reader=None)
         if f.kind in ("opaque", "barrier") and reads_values(f.node):
             for n in set(f.node.all_input_nodes) - {operand for operand, _ in f.whole}:
                 if n in self.base:
@@ -186,7 +186,7 @@ class _Decision:
             flags |= flags[roots]
             for node in self.stored:
                 f = self.flow.nodes[node]
-                if node in self.hoisted or f.kind == "concat":
+                if node in self.hoisted or f.kind in ("concat", "select"):
                     units = np.flatnonzero(flags[self.base[node] : self.base[node] + self._channels(node).unit_count])
                     mine = np.isin(self._channels(node).units, units)
                     for link in f.links:

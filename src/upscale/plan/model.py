@@ -75,6 +75,16 @@ class Contraction:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """Channels of a layer that nobody needs and that stay all the same, and why."""
+
+    layer: str  # name of the call
+    side: str  # "input" or "output"
+    channels: int
+    reason: str
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything lowering needs to know. Keys are node names of the captured graph."""
 
@@ -86,7 +96,7 @@ class Plan:
     virtual: tuple[str, ...] = ()  # nodes that are never executed: their readers read through them
     dead: tuple[str, ...] = ()  # nodes whose result nobody needs
     barriers: tuple[tuple[str, str, str], ...] = ()  # (where, operator, reason)
-    choices: tuple[tuple[str, int], ...] = ()  # (layer call, inputs it reads with zero weights by choice)
+    choices: tuple[Choice, ...] = ()
 
     def read_counts(self) -> Counter[str]:
         return Counter(read.kind for by_operand in self.reads.values() for read in by_operand.values())
@@ -107,7 +117,7 @@ class Plan:
             virtual=tuple(data["virtual"]),
             dead=tuple(data["dead"]),
             barriers=tuple(tuple(b) for b in data["barriers"]),
-            choices=tuple((name, count) for name, count in data["choices"]),
+            choices=tuple(Choice(**c) for c in data["choices"]),
         )
 
 

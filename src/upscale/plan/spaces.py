@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from torch.fx import Node
 
+from ..aliases import first_tensor
 from ..flow import Flow
+from ..flow.effects import size_of
 from .keep import Kept
 from .order import Wish, order_block
 from .sources import locate
@@ -145,6 +147,6 @@ def _units(flow: Flow, node: Node) -> np.ndarray:
 
 def elements(node: Node) -> float:
     """Elements of one channel of one example: everything but the largest-stride dimensions (batch and channel)."""
-    val = node.meta.get("val")
-    sizes = [s.node.hint if hasattr(s, "node") else int(s) for s in val.shape] if val is not None else []
+    val = first_tensor(node.meta.get("val"))
+    sizes = [] if val is None else [size_of(s) for s in val.shape]
     return float(np.prod(sizes[2:])) if len(sizes) > 2 else 1.0

@@ -1,0 +1,1 @@
+"""A fuzzer of the whole pipeline: random networks and masks, exported and compared. ``python -m benchmarks.fuzz``."""

@@ -1,0 +1,105 @@
+"""One fuzzing session: examples one after the other, outcomes counted, failures shrunk and written down."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .build import Reject, rebuild
+from .catalogue import CATALOGUE
+from .generate import FAMILY_OF, draw
+from .graph import Graph
+from .judge import Verdict, judge
+from .shrink import Shrinker
+from .source import script
+
+
+@dataclass
+class Failure:
+    """A failure with its smallest example."""
+
+    seed: int
+    verdict: Verdict
+    graph: Graph
+    path: Path
+    count: int = 1
+
+
+@dataclass
+class Session:
+    """The counts so far. ``folder`` takes a script for each distinct failure."""
+
+    folder: Path
+    limit: float = 30.0
+    shrink_seconds: float = 60.0
+    longest: int = 10
+    outcomes: Counter[str] = field(default_factory=Counter)
+    families: dict[str, Counter[str]] = field(default_factory=dict)
+    notes: Counter[str] = field(default_factory=Counter)
+    failures: list[Failure] = field(default_factory=list)
+
+    def run(self, seeds: Iterable[int], seconds: float, tell: Callable[[int, Verdict], None]) -> None:
+        """Draw and judge one example per seed until the time is up; ``tell`` hears of each."""
+        stop = time.monotonic() + seconds
+        for seed in seeds:
+            if time.monotonic() > stop:
+                return
+            tell(seed, self.example(seed))
+
+    def example(self, seed: int) -> Verdict:
+        """Judge the example of one seed."""
+        graph = draw(seed, self.longest)
+        verdict = self._judge(graph)
+        self.outcomes[verdict.outcome] += 1
+        for family in graph.families(FAMILY_OF):
+            self.families.setdefault(family, Counter())[verdict.outcome] += 1
+        self.notes.update({note.split(":")[0] for note in verdict.notes})
+        if verdict.failed:
+            self._record(seed, graph, verdict)
+        return verdict
+
+    def _judge(self, graph: Graph) -> Verdict:
+        """The verdict; a fault of the fuzzer itself is one too, so that a long session goes on."""
+        try:
+            return judge(graph, self.limit)
+        except Reject:
+            return Verdict("invalid")
+        except Exception as error:
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            return Verdict("fuzzer error", f"{type(error).__name__} in {place.name}", traceback.format_exc())
+
+    def _record(self, seed: int, graph: Graph, verdict: Verdict) -> None:
+        """Shrink a failure and write its script, unless one like it was written before."""
+        for known in self.failures:
+            if known.verdict.like(verdict) and not verdict.outcome.startswith("wrong"):
+                known.count += 1
+                return
+        small = Shrinker(graph, lambda g: self._judge(g).like(verdict), self.shrink_seconds).run()
+        for known in self.failures:
+            if known.verdict.like(verdict) and _ops(known.graph) == _ops(small):
+                known.count += 1
+                return
+        verdict = self._judge(small)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"{verdict.outcome.split(',')[0].replace(' ', '_')}_{seed}.py"
+        path.write_text(standalone(small, verdict, seed))
+        self.failures.append(Failure(seed, verdict, small, path))
+
+
+def _ops(graph: Graph) -> list[str]:
+    """The operators of a graph: two failures with the same ones are taken for the same."""
+    return sorted(step.op for step in graph.steps)
+
+
+def standalone(graph: Graph, verdict: Verdict, seed: int) -> str:
+    """The script that repeats a failure."""
+    builder, graph = rebuild(graph, CATALOGUE)
+    fixed = any("batch size specialised" in note for note in verdict.notes)
+    title = f"{verdict.outcome}: found by `python -m benchmarks.fuzz --seed {seed} --count 1`"
+    text = "\n".join(line for line in (verdict.mark, verdict.detail) if line)
+    verify = verdict.outcome in ("wrong, verified", "false alarm")
+    return script(builder, graph, title, text, verify, not fixed)
