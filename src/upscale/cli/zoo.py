@@ -68,7 +68,7 @@ MethodOption = Annotated[
     Method, typer.Option(help="Each layer its own, or tied layers the same.", rich_help_panel=_MASK)
 ]
 ReadsOption = Annotated[Reads, typer.Option(help="How layers get their channels.", rich_help_panel=_MASK)]
-DTypeOption = Annotated[DType, typer.Option(help="auto: float64 up to 60 million parameters.", rich_help_panel=_MASK)]
+DTypeOption = Annotated[DType, typer.Option(help="auto: float64 up to 100 million parameters.", rich_help_panel=_MASK)]
 Seed = Annotated[int, typer.Option(help="Of weights and inputs.", rich_help_panel=_MASK)]
 Out = Annotated[Path, typer.Option(help="The table; new rows are added.", rich_help_panel=_FILES, dir_okay=False)]
 Resume = Annotated[

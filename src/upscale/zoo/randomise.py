@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-from .subject import Subject
+from .subject import Subject, batch_of, rebatched
 
+_EXAMPLES, _VALUES = 16, 3_200_000  # statistics are taken of so many examples, or values of inputs
 _TINY = 1e-3  # layer scales start at 1e-5 or so
 
 
@@ -22,7 +24,7 @@ def randomise(subject: Subject, seed: int = 0) -> None:
     """Give every statistic, affine parameter, bias and constant parameter of the model a random value, in place.
 
     Other weights keep their initial values, made larger where they are too small to keep the signal up (a standard
-    deviation of less than one by the root of the fan-in). Batch norms get the statistics of the example, disturbed.
+    deviation of less than one by the root of the fan-in). Batch norms get statistics that fit, disturbed.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -73,19 +75,35 @@ def _keep_up(weight: Tensor) -> None:
 
 
 def calibrate(subject: Subject, seed: int = 0) -> None:
-    """Give batch norms the statistics of what they see of the example, disturbed, one after the other.
+    """Give batch norms the statistics of what they see of random inputs, disturbed, one after the other.
 
     A norm further on sees the disturbed results, so that sizes do not drift from layer to layer. Call it again where
     weights have changed much: rounding grows with sizes.
     """
+    norms = [module for module in subject.model.modules() if _has_statistics(module)]
+    if not norms:
+        return
     generator = torch.Generator().manual_seed(seed)
     with contextlib.ExitStack() as stack:
-        for module in subject.model.modules():
-            if all(isinstance(getattr(module, name, None), Tensor) for name in ("running_mean", "running_var")):
-                hook = module.register_forward_pre_hook(lambda norm, args: _disturb(norm, args, generator))
-                stack.callback(hook.remove)
-        with contextlib.suppress(Exception):  # a model that does not run says so itself, later
-            subject.call(subject.model)
+        for norm in norms:
+            hook = norm.register_forward_pre_hook(lambda norm, args: _disturb(norm, args, generator))
+            stack.callback(hook.remove)
+        for inputs in (rebatched(subject.inputs, _enough(subject), seed), subject.inputs):
+            with contextlib.suppress(Exception):  # a model that does not run says so itself, later
+                subject.call(subject.model, inputs)
+                return
+
+
+def _has_statistics(module: nn.Module) -> bool:
+    return all(isinstance(getattr(module, name, None), Tensor) for name in ("running_mean", "running_var"))
+
+
+def _enough(subject: Subject) -> int:
+    """So many examples that statistics mean something, if they are small."""
+    leaves = pytree.tree_leaves(subject.inputs)
+    values = sum(leaf.numel() for leaf in leaves if isinstance(leaf, Tensor))
+    batch = max(batch_of(subject.inputs), 1)
+    return max(batch, min(_EXAMPLES, _VALUES * batch // max(values, 1)))
 
 
 def _disturb(norm: Any, args: tuple[Any, ...], generator: torch.Generator) -> None:
@@ -94,11 +112,12 @@ def _disturb(norm: Any, args: tuple[Any, ...], generator: torch.Generator) -> No
     if not isinstance(value, Tensor) or value.ndim < 2 or value.shape[1] != mean.numel():
         return
     others = [dim for dim in range(value.ndim) if dim != 1]
-    found = value.var(others, correction=0)
-    found = found + 0.01 * found.mean() + 1e-4  # no channel is divided by next to nothing
+    middle, found = value.mean(others), value.var(others, correction=0)
+    # A few examples may agree by chance, and what hardly varies must not be blown up: rounding would be too.
+    found = torch.maximum(found.clamp(min=float(found.mean()) / 10), middle.square() / 10) + 1e-4
     noise = torch.randn(mean.shape, generator=generator, dtype=torch.float64).to(mean)
     factor = 0.5 + 1.5 * torch.rand(mean.shape, generator=generator, dtype=torch.float64).to(mean)
-    mean.copy_(value.mean(others) + 0.3 * noise * found.sqrt())
+    mean.copy_(middle + 0.3 * noise * found.sqrt())
     variance.copy_(found * factor)
 
 

@@ -35,7 +35,7 @@ from .suites import load_suite
 
 _ZOO = Path(__file__).resolve().parent
 SENSITIVITY = 1e-6  # least relative change of the output from one random input to another
-FLOAT64_LIMIT = 60_000_000  # parameters
+FLOAT64_LIMIT = 100_000_000  # parameters
 
 
 @dataclass(frozen=True)
