@@ -12,7 +12,7 @@ from torch import nn
 from .accept import unwrap
 from .capture import capture
 from .errors import InputError
-from .exporting import become, check_finite, check_replaceable, compile_program, finish
+from .exporting import become, check_finite, check_replaceable, compile_program, finish, take_training_flags
 from .flow import analyse_flow
 from .masks import checked, grown, zeroed_by_name
 from .plan import Mode
@@ -82,9 +82,8 @@ class PruningManager:
         """
         mode: Mode = "baseline" if baseline else "auto"
         compiled = compile_program(self._computed(), mode, only=self._only, reorder=self._reorder)
-        training = self._model.training
         pruned = finish(compiled, type(self._model).__name__)
-        pruned.train(training)
+        take_training_flags(self._model, pruned)
         self._captured = self._masked = None
         return become(self._model, pruned)
 

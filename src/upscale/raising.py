@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import typing
 from collections import defaultdict
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import fx, nn
 from upscale.aliases import argument, is_idle_dropout, targets_of
 from upscale.calls import emit_call
 from upscale.face import emit_inputs, emit_output
+from upscale.idle import switch_notes
 from upscale.layers import (
     PLAIN_LAYERS,
     LayerCall,
@@ -40,7 +42,7 @@ def raise_program(program: Program, *, class_name: str | None = None) -> fx.Grap
     names = Names(program.modules)
     tensors = Tensors(program)
     calls, owners = _choose_layers(program, names)
-    plain_calls, plain = _choose_plain(program, names)
+    plain_calls, plain = _choose_plain(program, names, owners)
     layers = {}
     for path, call in owners.items():
         layers[path] = build_layer(call, {slot: tensors.get(name) for slot, name in call.slots})
@@ -50,6 +52,15 @@ def raise_program(program: Program, *, class_name: str | None = None) -> fx.Grap
     root = program.modules.get("")
     name = class_name or (type(root).__name__ if root is not None else "GraphModule")
     return _assemble(tree.root, graph, name)
+
+
+def training_notes(program: Program) -> list[str]:
+    """What of the module that :func:`raise_program` makes may answer ``train()`` otherwise than the original."""
+    names = Names(program.modules)
+    layers, owners = _choose_layers(program, names)
+    plain, _ = _choose_plain(program, names, owners)
+    calls = [n for n in program.graph.nodes if n.op == "call_function" and n not in layers and n not in plain]
+    return switch_notes(layers, calls, program.modules)
 
 
 def _assemble(root: nn.Module, graph: fx.Graph, class_name: str) -> fx.GraphModule:
@@ -122,8 +133,14 @@ def _owner(node: fx.Node, names: Names) -> str:
     return first if first in paths else sorted(paths)[0]
 
 
-def _choose_plain(program: Program, names: Names) -> tuple[dict[fx.Node, str], dict[str, nn.Module]]:
-    """Calls made by parameterless layers of torch's own, and copies of these layers by path."""
+def _choose_plain(
+    program: Program, names: Names, layers: Collection[str]
+) -> tuple[dict[fx.Node, str], dict[str, nn.Module]]:
+    """Calls made by parameterless layers of torch's own, and copies of these layers by path.
+
+    ``layers``: paths that layers of torch's own stand at. Nothing can be below them: the activation inside a batch norm
+    of a class that has one becomes a call.
+    """
     together: dict[str, list[fx.Node]] = defaultdict(list)
     for node in program.graph.nodes:
         if node.op == "call_function" and node.meta.get("nn_module_stack"):
@@ -135,6 +152,8 @@ def _choose_plain(program: Program, names: Names) -> tuple[dict[fx.Node, str], d
         path = names.path.get(module_path(node), "")
         module = program.modules.get(path)
         if others or not path or module is None or not is_plain(module) or node.meta.get("rewritten"):
+            continue
+        if any(parent in layers for parent in _parents(path)):
             continue
         operators = PLAIN_LAYERS.get(type(module), set())
         if not isinstance(node.target, torch._ops.OpOverload):
@@ -150,6 +169,11 @@ def _choose_plain(program: Program, names: Names) -> tuple[dict[fx.Node, str], d
         if getattr(clone, "inplace", False) and not safe[path]:
             clone.inplace = False  # type: ignore[assignment]
     return calls, clones
+
+
+def _parents(path: str) -> list[str]:
+    parts = path.split(".")
+    return [".".join(parts[:end]) for end in range(1, len(parts))]
 
 
 _MAY_RETURN_ARGUMENT = {"dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "pad"}
