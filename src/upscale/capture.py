@@ -68,7 +68,8 @@ def capture(
     if isinstance(args, torch.Tensor):
         args = (args,)
     if not isinstance(args, (tuple, list)):
-        raise InputError(f"args must be a tuple of example inputs, not {type(args).__name__}")
+        hint = "; keyword inputs go into kwargs" if isinstance(args, Mapping) else ""
+        raise InputError(f"args must be a tuple of example inputs, not {type(args).__name__}{hint}")
     arguments, leaves, names = bind(model.forward, args, kwargs or {})
     leaves = [leaf.detach() for leaf in leaves]
     _check_example(leaves, names)
