@@ -22,6 +22,7 @@ from upscale.accept import check_names, unwrap
 from upscale.errors import CaptureError, InputError
 from upscale.functional import functionalise
 from upscale.guards import fixed_size, size_guards, text_guards
+from upscale.idle import dropped_notes
 from upscale.importing import import_graph
 from upscale.program import Program, is_users_file, module_path
 from upscale.signature import Argument, Signature, Tree, bind, call_with, flat_shapes, flatten
@@ -70,7 +71,8 @@ def capture(
     if isinstance(args, torch.Tensor):
         args = (args,)
     if not isinstance(args, (tuple, list)):
-        raise InputError(f"args must be a tuple of example inputs, not {type(args).__name__}")
+        hint = "; keyword inputs go into kwargs" if isinstance(args, Mapping) else ""
+        raise InputError(f"args must be a tuple of example inputs, not {type(args).__name__}{hint}")
     arguments, leaves, names = bind(model.forward, args, kwargs or {})
     leaves = [leaf.detach() for leaf in leaves]
     _check_example(leaves, names)
@@ -194,7 +196,7 @@ def _program(model: nn.Module, arguments: tuple[Argument, ...], names: tuple[str
     executed = _executed(imported.graph)
     spare = _spare(model, imported.tensors, imported.consumed, executed, imported.canonical)
     signature = Signature(arguments, names, export.outputs, tuple(guards + more))
-    notes += _dropped(model, imported.tensors, executed)
+    notes += dropped_notes(model, imported.tensors, imported.graph, executed)
     return Program(
         graph=imported.graph,
         tensors=imported.tensors,
@@ -232,32 +234,6 @@ def _spare(
         if name.rpartition(".")[0] in owners and name not in tensors and name not in consumed:
             spare[name] = tensor
     return spare
-
-
-def _dropped(model: nn.Module, tensors: Mapping[str, torch.Tensor], executed: set[str]) -> list[str]:
-    """Notes on modules that evaluation never runs: their weights are not exported."""
-    used = {name.rpartition(".")[0] for name in tensors}
-    unused: list[str] = []
-    training: list[str] = []
-    for path, module in model.named_modules():
-        if path in executed or any(owner == path or owner.startswith(f"{path}.") for owner in used):
-            continue
-        if unused and path.startswith(f"{unused[-1]}."):
-            continue
-        if any(True for _ in module.parameters()):
-            unused.append(path)
-        elif type(module).__name__ == "StochasticDepth" or "DropPath" in type(module).__name__:
-            training.append(path)
-    notes = []
-    if unused:
-        notes.append(f"not used in eval mode, so not exported: {_listed(unused)}")
-    if training:
-        notes.append(f"active in training only, so not exported: {_listed(training)}")
-    return notes
-
-
-def _listed(paths: Sequence[str]) -> str:
-    return ", ".join(paths[:5]) + (f" and {len(paths) - 5} more" if len(paths) > 5 else "")
 
 
 @contextlib.contextmanager
