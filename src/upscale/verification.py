@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from .errors import InputError, VerificationError
+from .guards import accepted
 from .plan import Plan
 from .program import Program, interpret, run, where
 
@@ -97,7 +98,9 @@ def example_inputs(program: Program) -> Iterator[tuple[torch.Tensor, ...]]:
     if not any(dynamic):
         return
     for batch in (1, 3):
-        yield tuple(_resize(t, batch) if d else t for t, d in zip(program.inputs, dynamic, strict=True))
+        inputs = tuple(_resize(t, batch) if d else t for t, d in zip(program.inputs, dynamic, strict=True))
+        if accepted(program.signature.guards, [t.shape for t in inputs]):
+            yield inputs
 
 
 def _resize(tensor: torch.Tensor, batch: int) -> torch.Tensor:
