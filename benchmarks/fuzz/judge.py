@@ -65,6 +65,11 @@ class Verdict:
     notes: tuple[str, ...] = ()
 
     @property
+    def vague(self) -> bool:
+        """Whether the mark does not say where the fault is: wrong numbers, an exported model that does not run."""
+        return self.outcome.startswith("wrong") or self.mark.startswith("emitted")
+
+    @property
     def failed(self) -> bool:
         """Whether this must not happen."""
         return self.outcome in BAD
