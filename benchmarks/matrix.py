@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import gc
 import json
 import resource
 import subprocess
@@ -86,7 +87,7 @@ class Row:
 
 
 class Subject:
-    """One network, captured once; its weights are put back before each mask."""
+    """One network, captured once; its weights are drawn again before each mask (a copy kept would cost memory)."""
 
     def __init__(self, name: str, reads: str = "auto", size: int = 64) -> None:
         self.name, self.reads = name, reads
@@ -95,7 +96,7 @@ class Subject:
         generator = torch.Generator().manual_seed(1)
         self.example = torch.randn(shape, generator=generator, dtype=torch.float64)
         self.others = (rebatch(self.example, 1 if name.startswith("vit") else 3, seed=2),)
-        self._saved = {key: value.clone() for key, value in self.model.state_dict().items()}
+        self._dense = True
         self.parameters = measure.parameters(self.model)
         self.flops = measure.flops(self.model, self.example)
         self._program: Program | None = None
@@ -104,15 +105,23 @@ class Subject:
         """Mask, export, compare. Never raises: what went wrong is in the row."""
         row = Row(self.name, case.name)
         try:
-            with torch.no_grad():
-                for key, value in self.model.state_dict().items():
-                    value.copy_(self._saved[key])
+            self._make_dense()
+            self._dense = False
             case.apply(self.model, self.example)
             self._export_and_compare(row)
         except Exception as error:  # a row for each failure is the point of this table
             row.detail = _last_line(error)
         row.peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         return row
+
+    def _make_dense(self) -> None:
+        """The weights without a mask, written into the captured model's own tensors."""
+        gc.collect()  # what the last mask left: an fx graph and its module hold each other
+        if not self._dense:
+            fresh = build(self.name).state_dict()
+            with torch.no_grad():
+                for key, value in self.model.state_dict().items():
+                    value.copy_(fresh[key])
 
     def _export_and_compare(self, row: Row) -> None:
         try:

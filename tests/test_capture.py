@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import re
 import warnings
 from collections import OrderedDict
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import upscale
 from support.captures import Calls, assert_same, check, fingerprint, images, pruned_conv
 from upscale.capture import capture
 from upscale.errors import CaptureError, InputError, UnsupportedModelError
-from upscale.program import run, where
+from upscale.program import is_users_file, run, where
 from upscale.raising import raise_program
 
 
@@ -320,6 +324,42 @@ def test_where_names_module_class_and_line() -> None:
     texts = [where(node) for node in program.graph.nodes if node.op == "call_function"]
     assert any(text.startswith("conv (Conv2d") for text in texts)
     assert any("return self.function(self.conv(x))" in text for text in texts)
+
+
+def test_where_at_root_level_names_the_users_line() -> None:
+    """The frames of this package and of torch around the model are nobody's concern."""
+
+    class Root(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cumsum(self.body(x), 1)
+
+    program = capture(Root(), (torch.randn(2, 4),))
+    texts = {str(node.target): where(node) for node in program.graph.nodes if node.op == "call_function"}
+    assert re.fullmatch(
+        r"model \(Root, \S+test_capture.py:\d+: return torch.cumsum\(.*\)\)", texts["aten.cumsum.default"]
+    )
+    assert re.fullmatch(
+        r"body.0 \(Linear, \S+test_capture.py:\d+: return torch.cumsum\(.*\)\)", texts["aten.linear.default"]
+    )
+
+
+def test_where_without_a_line_of_the_users() -> None:
+    """A container of torch's own as the root: no line of ours stands in for one."""
+    program = capture(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), (torch.randn(2, 4),))
+    assert [where(n) for n in program.graph.nodes if n.op == "call_function"] == ["0 (Linear)", "1 (ReLU)"]
+
+
+def test_whose_file_is_it() -> None:
+    """Folders of similar names are the user's."""
+    own, torchs = Path(upscale.__file__).parent, Path(torch.__file__).parent
+    assert is_users_file("/home/me/torch/net.py") and is_users_file(f"{torchs}vision/models/resnet.py")
+    assert is_users_file(f"{own}_experiments/net.py") and is_users_file(__file__)
+    for file in (own / "capture.py", torchs / "nn" / "functional.py", contextlib.__file__, "<eval_with_key>.1"):
+        assert not is_users_file(str(file))
 
 
 def test_run_needs_no_gradient_and_frees_values() -> None:

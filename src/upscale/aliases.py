@@ -56,6 +56,14 @@ def first_tensor(value: Any) -> torch.Tensor | None:
     return None
 
 
+def storage_id(tensor: torch.Tensor) -> int:
+    """Equal for two tensors, both alive, that look at the same memory."""
+    try:
+        return tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # sparse and other storage-less tensors
+        return id(tensor)
+
+
 class Aliases:
     """Storage of each node's result (for results that are lists of views: the one they share)."""
 

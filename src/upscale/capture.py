@@ -12,7 +12,6 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,11 +23,10 @@ from upscale.errors import CaptureError, InputError
 from upscale.functional import functionalise
 from upscale.guards import fixed_size, size_guards, text_guards
 from upscale.importing import import_graph
-from upscale.program import Program, module_path
+from upscale.program import Program, is_users_file, module_path
 from upscale.signature import Argument, Signature, Tree, bind, call_with, flat_shapes, flatten
+from upscale.spelling import normalise_spelling
 from upscale.weights import fold_weight_slots
-
-_TORCH = str(Path(torch.__file__).parent)
 
 
 class _Adaptor(nn.Module):
@@ -188,6 +186,7 @@ def _program(model: nn.Module, arguments: tuple[Argument, ...], names: tuple[str
     notes += [f"a relation between input sizes is not checked: {text}" for text in (*missing, *unread)]
     imported = import_graph(export.exported, model, "model")
     notes += functionalise(imported, names)
+    normalise_spelling(imported)
     notes += fold_weight_slots(imported)
     executed = _executed(imported.graph)
     spare = _spare(model, imported.tensors, imported.consumed, executed, imported.canonical)
@@ -346,13 +345,7 @@ def _brief(error: BaseException, limit: int = 500) -> str:
 
 def _source_line(error: BaseException) -> str:
     """The innermost line of the user's own code that the error passed through, as " (at file:line: code)"."""
-    here = str(Path(__file__).parent)
-    own = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if not frame.filename.startswith((_TORCH, here, "<"))
-    ]
-    frames = [frame for frame in own if "contextlib" not in frame.filename]
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if is_users_file(frame.filename)]
     if not frames:
         return ""
     last = frames[-1]

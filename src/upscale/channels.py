@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
-__all__ = ["LAYERS", "Side", "channel_count", "entries_of", "per_channel"]
+__all__ = ["LAYERS", "Side", "channel_count", "entries_of", "norm_per_channel", "per_channel"]
 
 Side = Literal["input", "output"]
 
@@ -48,6 +49,21 @@ def per_channel(layer: nn.Module, side: Side, scores: Tensor) -> Tensor:
     if groups == 1:
         return flat.sum(dim=1 - dim)
     return flat.reshape(groups, flat.shape[0] // groups, flat.shape[1]).sum(dim=1).flatten()
+
+
+def norm_per_channel(layer: nn.Module, side: Side, order: int) -> Tensor:
+    """L1 or L2 norm of the weight's entries in each channel of ``side``, without a tensor of the weight's size.
+
+    Of half-precision weights in float32: sums of squares need the range.
+    """
+    dim, groups = _channel_dim(layer, side)
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    blocks = weight.detach().unflatten(0, (groups, -1))  # (groups, rows of a group, columns, window)
+    channels = (0, 1 + dim)
+    others = [d for d in range(blocks.ndim) if d not in channels]
+    dtype = torch.float32 if weight.dtype in (torch.float16, torch.bfloat16) else None
+    return torch.linalg.vector_norm(blocks, order, dim=others, dtype=dtype).flatten()
 
 
 def _channel_dim(layer: nn.Module, side: Side) -> tuple[int, int]:

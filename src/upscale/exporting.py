@@ -15,11 +15,12 @@ from .capture import capture
 from .errors import ConstantOutputError, InputError, NonFiniteError, NothingToPruneError, UnsupportedModelError
 from .flow import Flow, analyse_flow
 from .flow.effects import Contract, PerChannel
+from .large import all_finite
 from .lowering import lower
 from .plan import MODES, Mode, Plan, make_plan
 from .program import Program
 from .raising import raise_program
-from .report import Report, count_parameters, layer_rows
+from .report import Report, count_parameters, kept_by_choice, layer_rows
 from .signature import call_with, flatten
 from .verification import Verification, verify
 
@@ -144,7 +145,7 @@ def check_finite(program: Program) -> None:
     """NaN or infinite parameters make zeros and equality meaningless."""
     for name, tensor in program.tensors.items():
         statistics = name.endswith(("running_mean", "running_var"))
-        if (program.kinds[name] == "parameter" or statistics) and not bool(torch.isfinite(tensor).all()):
+        if (program.kinds[name] == "parameter" or statistics) and not all_finite(tensor):
             raise NonFiniteError(f"{name} holds NaN or infinite values; the model cannot be pruned or verified")
 
 
@@ -220,6 +221,7 @@ def make_report(
         reads=dict(compiled.plan.read_counts()),
         barriers=compiled.plan.barriers,
         notes=program.notes,
+        kept=kept_by_choice(program, compiled.plan),
         removed=tuple(sorted(before - set(pruned.state_dict()))),
         seconds=seconds,
         error=None if verification is None else verification.error,

@@ -15,6 +15,8 @@ from torch import fx
 from torch.fx import Node
 from torch.fx.node import map_arg
 
+from . import large
+from .cutting import cut_weight
 from .flow import FlowNode
 from .flow.effects import Contract, Mixing, Movement, PerChannel, Pointwise
 from .plan import Piece, Plan, Read
@@ -62,7 +64,13 @@ class _Lowering:
         elif node.op == "output":
             new = self.graph.output(map_arg(node.args[0], lambda n: self._value(node, n)))
         else:
-            handler = {"fresh": self._contraction, "transit": self._transit, "concat": self._concat}
+            handler = {
+                "fresh": self._contraction,
+                "transit": self._transit,
+                "split": self._split,
+                "concat": self._joined,
+                "select": self._joined,
+            }
             new = handler.get(self.nodes[node].kind, self._plain)(node)
         self.env[node.name] = new
 
@@ -71,7 +79,7 @@ class _Lowering:
     def _plain(self, node: Node) -> Node:
         return self._call(node, {})
 
-    def _concat(self, node: Node) -> Node:
+    def _joined(self, node: Node) -> Node:
         reads = self.plan.reads[node.name]
         return self._realise(next(iter(reads.values())), like=node)
 
@@ -80,22 +88,44 @@ class _Lowering:
         assert isinstance(effect, Contract)
         cut = self.plan.contractions[node.name]
         weight = self._tensor(effect.weight)
-        new = _take(weight, effect.weight_out, cut.rows) if effect.groups == 1 else weight
-        if cut.columns is not None and effect.weight_in is not None:
-            new = _take(new, effect.weight_in, cut.columns)
-        new = new.clone() if new is weight else new
-        zero = [i for i, row in enumerate(cut.rows) if row in set(cut.zero_rows)]
-        if zero:
-            new.index_fill_(effect.weight_out, _index(zero, weight), 0.0)
+        new = cut_weight(weight, effect, cut)
         swap = {effect.weight: self._attribute(effect.weight, new)}
         if effect.bias is not None:
             swap[effect.bias] = self._bias(effect.bias, cut.rows, cut.delta)
-        return self._call(node, swap)
+        return self._call(node, swap, {"groups": cut.groups} if cut.groups != effect.groups else None)
+
+    def _split(self, node: Node) -> Node:
+        """Blocks of channels: what is read, parted in two dimensions, or the operator again on what is left."""
+        f = self.nodes[node]
+        split, link = f.split, f.links[0]
+        assert split is not None
+        ancestor = self.plan.layouts.get(link.operand.name)
+        whole = self.plan.layouts[node.name].is_whole and ancestor is not None and ancestor.is_whole
+        read = self._realise(self.plan.reads[node.name][link.operand.name], like=node)
+        if split.permute is None:
+            operand = node.args[0]
+            assert isinstance(operand, Node)
+            return self._call(node, {operand: read})
+        if whole:
+            return self._as_written(node)
+        shape = (len(self.plan.layouts[node.name].positions), link.positions.shape[1])
+        parted = self.graph.call_function(torch.ops.aten.unflatten.int, (read, link.dim, list(shape)))
+        new = self.graph.call_function(torch.ops.aten.permute.default, (parted, list(split.permute)))
+        for made in (parted, new):
+            made.meta = {k: v for k, v in node.meta.items() if k != "val"} | {"rewritten": True}
+        new.meta["origin"] = node.name
+        return new
+
+    def _as_written(self, node: Node) -> Node:
+        """A chain of movements from a tensor that is whole, link by link."""
+        for operand in node.all_input_nodes:
+            if operand.op != "get_attr" and operand.name not in self.env:
+                self.env[operand.name] = self._as_written(operand)
+        return self._plain(node)
 
     def _bias(self, bias: Node, rows: Sequence[int], delta: Sequence[float]) -> Node:
         old = self._tensor(bias)
-        new = _take(old, 0, rows)
-        new = new.clone() if new is old else new
+        new = large.cut(old, {0: rows})
         if delta:
             extra = torch.tensor(delta, dtype=torch.float64)[list(rows)]
             new = (new.double() + extra.to(new.device)).to(new.dtype)
@@ -245,13 +275,16 @@ class _Lowering:
     def _cut(self, source: Node, dim: int, piece: Piece) -> Node:
         if not piece.indices:
             return self._insert(torch.narrow, (source, dim, 0, 0))
-        if self._covers(piece):
+        if self._covers(dim, piece):
             return source
         return self._insert(torch.narrow, (source, dim, piece.indices[0], len(piece.indices)))
 
-    def _covers(self, piece: Piece) -> bool:
+    def _covers(self, dim: int, piece: Piece) -> bool:
+        """Whether a slice is all there is along ``dim``, which need not be where the tensor's channels lie."""
         layout = self.plan.layouts.get(piece.source or "")
-        return layout is not None and piece.indices == tuple(range(len(layout.positions)))
+        if layout is None or layout.dim != dim:
+            return False
+        return piece.indices == tuple(range(len(layout.positions)))
 
     def _pad(self, part: Node, dims: int, low: int, high: int, value: float) -> Node:
         """Pad the ``dims``-th dimension from the last."""
@@ -307,13 +340,6 @@ class _Lowering:
         self.tensors[name], self.kinds[name] = tensor, kind
         self.attributes[name] = self.graph.get_attr(name)
         return self.attributes[name]
-
-
-def _take(tensor: torch.Tensor, dim: int, items: Sequence[int]) -> torch.Tensor:
-    """The chosen slices along ``dim``; the tensor itself where that is all of it, in order."""
-    if len(items) == tensor.shape[dim] and tuple(items) == tuple(range(len(items))):
-        return tensor
-    return tensor.index_select(dim, _index(items, tensor))
 
 
 def _index(items: Sequence[int], like: torch.Tensor) -> torch.Tensor:

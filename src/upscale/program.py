@@ -6,9 +6,12 @@ ordinary ``torch.fx.GraphModule``. A lowered program has exactly the format of a
 
 from __future__ import annotations
 
+import os
 import re
+import sysconfig
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +20,10 @@ from torch import fx
 if TYPE_CHECKING:
     from upscale.signature import Signature
 
-_FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)\n\s*(.*)')
+_FRAME = re.compile(r'File "([^"]+)", line (\d+), in \S+\n\s*(.*)')
+_STANDARD = sysconfig.get_paths()["stdlib"] + os.sep
+#: Folders whose frames say nothing to the user; the adaptor around the captured model is one of ours.
+_INTERNAL = tuple(str(Path(file).parent) + os.sep for file in (torch.__file__, __file__))
 
 
 @dataclass(frozen=True)
@@ -92,16 +98,20 @@ def module_path(node: fx.Node) -> str:
     return ""
 
 
+def is_users_file(filename: str) -> bool:
+    """Whether a source file is the user's (or a library's), not torch's, Python's, this package's or generated code."""
+    standard = filename.startswith(_STANDARD) and "-packages" not in filename
+    return not standard and not filename.startswith((*_INTERNAL, "<"))
+
+
 def where(node: fx.Node) -> str:
-    """Where in the user's model ``node`` comes from, for messages: module path, class and source line."""
+    """Where in the user's model ``node`` comes from, for messages: module path, class, and the user's source line."""
     stack = [e for e in (node.meta.get("nn_module_stack") or {}).values() if isinstance(e, tuple)]
     path, kind = (stack[-1][0] or "model", stack[-1][1]) if stack else ("model", "")
     kind = kind if isinstance(kind, str) else getattr(kind, "__name__", "")
-    kind = kind.rsplit(".", 1)[-1]
-    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
-    # torch's own frames say nothing to the user: take the innermost frame outside torch.
-    own = [f for f in frames if "/torch/" not in f[0].replace("\\", "/")] or frames
-    if not own:
-        return f"{path} ({kind})" if kind else path
-    file, line, function, code = own[-1]
-    return f"{path} ({kind}.{function}, {file}:{line}: {code.strip()})"
+    details = [kind.rsplit(".", 1)[-1]] if kind else []
+    own = [frame for frame in _FRAME.findall(node.meta.get("stack_trace") or "") if is_users_file(frame[0])]
+    if own:
+        file, line, code = own[-1]
+        details.append(f"{file}:{line}: {code.strip()}")
+    return f"{path} ({', '.join(details)})" if details else path

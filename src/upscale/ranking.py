@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .channels import Side, channel_count, per_channel
+from .channels import Side, channel_count, norm_per_channel, per_channel
 from .errors import InputError, NonFiniteError
+from .large import all_finite
 
 __all__ = ["Group", "Heuristic", "group_scores", "pick", "pick_globally", "scores_of"]
 
@@ -34,15 +35,10 @@ def scores_of(name: str, layer: nn.Module, side: Side, heuristic: Heuristic) -> 
     """One score a channel of ``side``: float64, on the CPU. See :meth:`MaskingManager.importance`."""
     weight = layer.weight
     assert isinstance(weight, Tensor)
-    weight = weight.detach()
-    if weight.dtype in (torch.float16, torch.bfloat16):
-        weight = weight.float()  # sums of squares need the range
-    if not bool(torch.isfinite(weight).all()):
+    if not all_finite(weight):
         raise NonFiniteError(f"{name}.weight holds NaN or infinite values: its channels cannot be ranked")
-    if heuristic == "l1":
-        scores = per_channel(layer, side, weight.abs())
-    elif heuristic == "l2":
-        scores = per_channel(layer, side, weight.square()).sqrt()
+    if heuristic in ("l1", "l2"):
+        scores = norm_per_channel(layer, side, 1 if heuristic == "l1" else 2)
     else:
         assert callable(heuristic)
         scores = _called(name, layer, side, heuristic)

@@ -14,7 +14,7 @@ from rich.table import Table
 from torch.fx import Node
 
 from .flow import Flow
-from .flow.effects import Contract, PerChannel
+from .flow.effects import Contract, PerChannel, size_of
 from .plan import Plan
 from .program import Program, module_path
 
@@ -37,7 +37,8 @@ class Report:
     """Before and after of one export.
 
     ``flops`` counts two operations per multiply-add of convolutions and linear layers, for one example.
-    ``reads`` counts how readers get their channels. ``barriers`` are operators whose channels could not be touched, as
+    ``reads`` counts how readers get their channels. ``kept`` lists channels that nobody needs and that stay by choice,
+    as (layer, "input" or "output", how many, why). ``barriers`` are operators whose channels could not be touched, as
     (where, operator, reason). ``seconds`` gives the time of every stage. Pickles as its text, so that a pickled model
     needs nothing of this library.
     """
@@ -48,6 +49,7 @@ class Report:
     reads: dict[str, int]
     barriers: tuple[tuple[str, str, str], ...]
     notes: tuple[str, ...]
+    kept: tuple[tuple[str, str, int, str], ...]
     removed: tuple[str, ...]
     seconds: dict[str, float]
     error: float | None = None
@@ -106,6 +108,8 @@ class Report:
         lines.append("seconds     " + ", ".join(f"{k} {v:.2f}" for k, v in self.seconds.items()))
         for place, operator, reason in self.barriers:
             lines.append(f"barrier     {operator} at {place}: {reason}")
+        for layer, side, count, reason in self.kept:
+            lines.append(f"kept        {count} {side} channels of {layer}: {reason}")
         lines += [f"note        {note}" for note in self.notes]
         return "\n".join(line.replace("[", r"\[") for line in lines)
 
@@ -141,10 +145,10 @@ def _row(
     )
     if isinstance(effect, Contract):
         out, inner = effect.weight_out, effect.weight_in
-        groups = effect.groups
+        groups = (effect.groups, plan.contractions[node.name].groups if new is not None else 0)
     else:
-        out, inner, groups = 0, 0, 1
-    ins = (0, 0) if inner is None else (before[inner] * groups, after[inner] * groups)
+        out, inner, groups = 0, 0, (1, 1)
+    ins = (0, 0) if inner is None else (before[inner] * groups[0], after[inner] * groups[1])
     read = "-" if new is None else _read_kind(plan, node)
     return LayerRow(
         name.rsplit(".", 1)[0] if "." in name else module_path(node) or name,
@@ -155,6 +159,12 @@ def _row(
         (_flops(node, before, effect), _flops(node, after, effect)),
         read,
     )
+
+
+def kept_by_choice(program: Program, plan: Plan) -> tuple[tuple[str, str, int, str], ...]:
+    """The plan's choices with the layers' own names."""
+    nodes = {n.name: n for n in program.graph.nodes}
+    return tuple((module_path(nodes[c.layer]) or c.layer, c.side, c.channels, c.reason) for c in plan.choices)
 
 
 def _read_kind(plan: Plan, node: Node) -> str:
@@ -173,7 +183,7 @@ def _flops(node: Node, weight: torch.Size, effect: Contract | PerChannel) -> int
         return 0
     source = effect.operand if "conv_transpose" in str(node.target) else node
     assert source is not None
-    shape = [s.node.hint if isinstance(s, torch.SymInt) else int(s) for s in source.meta["val"].shape]
+    shape = [size_of(s) for s in source.meta["val"].shape]
     channel = effect.out_dim if source is node else (effect.in_dim if isinstance(effect, Contract) else effect.dim)
     positions = prod(s for i, s in enumerate(shape) if i not in (0, channel)) if len(shape) > 1 else 1
     return 2 * prod(weight) * positions

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import nn
 
+from upscale.aliases import storage_id
 from upscale.layers import clone_plain, is_plain
 from upscale.program import Program, module_path
 
@@ -32,7 +33,7 @@ class Tensors:
         self._made: dict[str, torch.Tensor] = {}
         modules = program.modules.get("")
         owned = [] if modules is None else [*modules.parameters(), *modules.buffers()]
-        self._foreign = {_storage(tensor) for tensor in owned}
+        self._foreign = {storage_id(tensor) for tensor in owned}
 
     def get(self, name: str) -> torch.Tensor:
         """The emitted tensor for ``name``: a Parameter for parameters."""
@@ -41,7 +42,7 @@ class Tensors:
             tensor = self._program.spare[name] if spare else self._program.tensors[name]
             value = tensor.detach()
             constant = self._program.kinds.get(name) == "constant"
-            if constant or _storage(tensor) in self._foreign:
+            if constant or storage_id(tensor) in self._foreign:
                 value = value.clone()
             if isinstance(tensor, nn.Parameter):
                 value = nn.Parameter(value, requires_grad=tensor.requires_grad)
@@ -61,13 +62,6 @@ def _is_bare(module: nn.Module) -> bool:
     if type(module) not in _CONTAINERS or any(True for _ in (*module.parameters(), *module.buffers())):
         return False
     return all(is_plain(child) or _is_bare(child) for child in module.children())
-
-
-def _storage(tensor: torch.Tensor) -> int:
-    try:
-        return tensor.untyped_storage()._cdata
-    except (NotImplementedError, RuntimeError):
-        return id(tensor)
 
 
 class Names:
@@ -147,6 +141,7 @@ class Tree:
 
     def _make(self, module: nn.Module, path: str) -> nn.Module | None:
         if path in self.layers:
+            self._add_children(self.layers[path], module, path)  # a norm that holds its activation, for instance
             return self.layers[path]
         if path in self.plain:
             return self.plain[path]
@@ -157,13 +152,16 @@ class Tree:
         kind = next((kind for kind in _CONTAINERS if isinstance(module, kind)), nn.Module)
         made = kind()
         made.training = False
+        self._add_children(made, module, path)
+        return made
+
+    def _add_children(self, made: nn.Module, module: nn.Module, path: str) -> None:
         for name, child in module._modules.items():
             built = None if child is None else self._build(child, f"{path}.{name}")
-            if built is None and kind in (nn.Sequential, nn.ModuleList):
+            if built is None and type(made) in (nn.Sequential, nn.ModuleList):
                 built = nn.Identity().eval()  # keeps the numbering
             if built is not None:
                 made.add_module(name, built)
-        return made
 
     def at(self, path: str) -> nn.Module | None:
         """The emitted module at ``path``."""

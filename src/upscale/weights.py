@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from upscale.aliases import is_random, targets_of
+from upscale.aliases import is_random, storage_id, targets_of
 from upscale.functional import remove_dead
 from upscale.importing import Imported
 from upscale.program import module_path
@@ -41,6 +41,7 @@ SLOTS: dict[Any, dict[int, str]] = {
 def fold_weight_slots(imported: Imported) -> list[str]:
     """Evaluate computed weights; returns one note for each."""
     fixed = _fixed_nodes(imported)
+    taken = {storage_id(tensor) for tensor in imported.tensors.values()}
     notes = []
     pending: list[tuple[fx.Node, int, str, torch.Tensor, set[str], bool]] = []
     cache: dict[fx.Node, torch.Tensor] = {}
@@ -59,7 +60,7 @@ def fold_weight_slots(imported: Imported) -> list[str]:
     remove_dead(imported)
     made: dict[str, fx.Node] = {}
     for node, position, slot, value, sources, trainable in pending:
-        name = _place(imported, made, node, slot, value, trainable)
+        name = _place(imported, made, node, slot, value, trainable, taken)
         node.update_arg(position, made[name])
         notes.append(f"{name} is computed from {', '.join(sorted(sources))}: exported as one parameter")
         imported.consumed |= sources - set(imported.tensors)
@@ -122,9 +123,18 @@ def _sources(node: fx.Node) -> set[str]:
 
 
 def _place(
-    imported: Imported, made: dict[str, fx.Node], node: fx.Node, slot: str, value: torch.Tensor, trainable: bool
+    imported: Imported,
+    made: dict[str, fx.Node],
+    node: fx.Node,
+    slot: str,
+    value: torch.Tensor,
+    trainable: bool,
+    taken: set[int],
 ) -> str:
-    """Name of the parameter that holds ``value``: the one made for the same layer before, or a new one."""
+    """Name of the parameter that holds ``value``: the one made for the same layer before, or a new one.
+
+    ``taken``: storages that belong to somebody else.
+    """
     owner = _owner(node, slot)
     stem = f"{owner}.{slot}" if owner else slot
     name, number = stem, 2
@@ -137,9 +147,18 @@ def _place(
     with imported.graph.inserting_before(anchor):
         made[name] = imported.graph.get_attr(name)
     made[name].meta = {"val": _fake_like(node, value)}
-    imported.tensors[name] = nn.Parameter(value.detach().clone(), requires_grad=trainable)
+    imported.tensors[name] = nn.Parameter(_owned(value.detach(), taken), requires_grad=trainable)
     imported.kinds[name] = "parameter"
     return name
+
+
+def _owned(value: torch.Tensor, taken: set[int]) -> torch.Tensor:
+    """``value`` in memory of its own: as it is where it was computed for this, else a copy."""
+    own = storage_id(value)
+    if own in taken or not value.is_contiguous() or value.untyped_storage().nbytes() != value.nbytes:
+        return value.clone()
+    taken.add(own)
+    return value
 
 
 def _fake_like(node: fx.Node, value: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from dataclasses import replace
+from itertools import islice, product
 
 import numpy as np
 import torch
@@ -12,11 +13,13 @@ from torch.fx import Node
 
 from ..program import Program
 from .effects import (
+    Aligned,
     Barrier,
     Channels,
     Concat,
     Contract,
     Effect,
+    Folded,
     Mixing,
     Movement,
     Op,
@@ -25,12 +28,15 @@ from .effects import (
     PerChannel,
     Pointwise,
     is_tensor,
+    size_of,
 )
-from .model import FlowNode, Link
+from .model import FlowNode, Link, Split
 from .registry import find
 from .rules_movement import getitem
 from .tracking import Tracker
 from .units import refine
+
+MOST_CHOICES = 16  # ways to see the operands of one operator as blocks of channels, tried in turn
 
 
 def analyse(program: Program) -> dict[Node, FlowNode]:
@@ -59,7 +65,7 @@ class _Analysis:
     def shape(self, node: Node) -> tuple[int, ...]:
         if node not in self.shapes:
             val = node.meta["val"]
-            self.shapes[node] = tuple(s.node.hint if isinstance(s, torch.SymInt) else int(s) for s in val.shape)
+            self.shapes[node] = tuple(size_of(s) for s in val.shape)
         return self.shapes[node]
 
     def channels(self, node: Node) -> Channels | None:
@@ -100,13 +106,17 @@ class _Analysis:
             self._settle(node)
             return self._barrier(node, Barrier("model output", self._inputs(node), silent=True))
         if not is_tensor(node):
-            self._settle(node)
             return self._not_a_tensor(node)
         if node.target is operator.getitem:
             return self._pick(node)
         effect = find(self._op(node))
-        if not isinstance(effect, Movement):
-            self._settle(node)
+        if isinstance(effect, Movement):
+            return self._flow_of(node, effect)
+        self._part(node)
+        self._settle(node)
+        return self._flow_of(node, find(self._op(node)))
+
+    def _flow_of(self, node: Node, effect: Effect) -> FlowNode:
         if any(self.channels(n) or self.tracker.is_scrambled(n) for n in self._inputs(node)):
             return self._dispatch(node, effect)
         return self._contract(node, effect) if isinstance(effect, Contract) else FlowNode(node, "opaque", effect)
@@ -115,6 +125,8 @@ class _Analysis:
         handlers = {
             Contract: self._contract,
             Pointwise: self._pointwise,
+            Aligned: self._aligned,
+            Folded: self._folded,
             PerChannel: self._per_channel,
             Mixing: self._mixing,
             Movement: self._movement,
@@ -138,16 +150,19 @@ class _Analysis:
 
     def _not_a_tensor(self, node: Node) -> FlowNode:
         """Sizes and flags read no channel; an operator with several results is resolved where one is picked."""
-        inputs = [n for n in self._inputs(node) if self.channels(n) is not None]
+        inputs = [n for n in self._inputs(node) if self.channels(n) is not None or self.tracker.is_scrambled(n)]
         val = node.meta.get("val")
         if not inputs or not isinstance(val, (list, tuple)):
-            return FlowNode(node, "opaque", Opaque())
+            return FlowNode(node, "opaque", Opaque())  # a size: whatever the channels' order, it is the same
         effect = find(self._op(node))
         if isinstance(effect, Movement) and (channels := self.channels(effect.operand)) is not None:
             link = Link(effect.operand, channels.dim, np.arange(channels.size))
             picks = [user for user in node.users if user.target is operator.getitem]
             if all(self.tracker.moved(user, getitem(user), node) is not None for user in picks):
                 return FlowNode(node, "list", effect, channels, (link,))
+        if isinstance(effect, Movement):
+            return FlowNode(node, "opaque", effect)  # each result is scrambled: see _pick
+        self._settle(node)
         return self._barrier(node, Barrier("several results at once", self._inputs(node)))
 
     # -- effects ------------------------------------------------------------------------------------------------
@@ -163,7 +178,7 @@ class _Analysis:
         if effect.weight.op != "get_attr" or (effect.bias is not None and effect.bias.op != "get_attr"):
             return self._refuse(node, "the weight is computed from the input")
         fresh = Channels(effect.out_dim, np.arange(self.shape(node)[effect.out_dim]))
-        pinned = effect.groups > 1 or self._shared(effect.weight, effect.bias)
+        pinned = self._shared(effect.weight, effect.bias)
         if effect.operand is None:
             return FlowNode(node, "fresh", effect, fresh, pinned=pinned)
         assert effect.in_dim is not None
@@ -172,7 +187,7 @@ class _Analysis:
             link = Link(effect.operand, effect.in_dim, np.arange(channels.size))
             return FlowNode(node, "fresh", effect, fresh, (link,), pinned=pinned)
         whole = () if channels is None else ((effect.operand, True),)
-        size = self.shape(effect.operand)[effect.in_dim]
+        size = self.shape(effect.weight)[effect.weight_in or 0] * (effect.groups if effect.weight_in == 1 else 1)
         link = Link(effect.operand, effect.in_dim, np.arange(size), anchored=True)
         return FlowNode(node, "fresh", effect, fresh, (link,), whole, pinned=pinned)
 
@@ -203,7 +218,7 @@ class _Analysis:
         for n in operands:
             shape, channels = self.shape(n), self.channels(n)
             own = dim - (rank - len(shape))
-            if own < 0 or shape[own] != size:  # the same value for every channel
+            if own < 0 or (shape[own] == 1 and size > 1):  # the same value for every channel
                 if channels is not None and not channels.weak:
                     whole.append((n, True))
             elif channels is not None and channels.dim == own:
@@ -225,6 +240,35 @@ class _Analysis:
         dim, size = dims.pop()
         links, whole = self._pair(effect.operands, rank, dim, size)
         return FlowNode(node, "transit", effect, Channels(dim, np.arange(size), weak=True), links, whole)
+
+    def _aligned(self, node: Node, effect: Aligned) -> FlowNode:
+        size = self.shape(node)[effect.out_dim]
+        links, whole, units, named = [], [], [], set()
+        for n, dim in effect.operands:
+            channels, own = self.channels(n), self.shape(n)[dim]
+            named.add(n)
+            carries = channels is not None and channels.dim == dim
+            if own == 0 or size % own or (own == 1 and size > 1):
+                whole += [(n, True)] if channels is not None else []
+                continue
+            positions = np.arange(size) // (size // own)
+            links.append(Link(n, dim, positions, anchored=not carries))
+            if channels is not None and not carries:
+                whole.append((n, True))
+            units.append(channels.units[positions] if carries and channels is not None else positions)
+        if not any(not link.anchored for link in links) or len({link.operand for link in links}) != len(links):
+            return self._refuse(node, "mixes channels")
+        whole += self._stray(node, *named)
+        out = Channels(effect.out_dim, refine(units))
+        return FlowNode(node, "transit", effect, out, tuple(links), tuple(whole))
+
+    def _folded(self, node: Node, effect: Folded) -> FlowNode:
+        channels = self.channels(effect.operand)
+        if channels is None or channels.dim != effect.dim or channels.unit_count != channels.size:
+            return self._refuse(node, "folds another dimension than the channels'")
+        link = Link(effect.operand, effect.dim, effect.positions)
+        out = Channels(effect.out_dim, np.arange(len(effect.positions)))
+        return FlowNode(node, "split", effect, out, (link,), split=Split(None, by_column=True))
 
     def _per_channel(self, node: Node, effect: PerChannel) -> FlowNode:
         channels = self.channels(effect.operand)
@@ -326,23 +370,44 @@ class _Analysis:
         """One result of an operator that returns several; the operator is a barrier unless all can be named."""
         parent = node.args[0]
         assert isinstance(parent, Node)
-        if self.flow[parent].kind != "list":
-            return FlowNode(node, "opaque", Opaque())
-        found = self.tracker.moved(node, getitem(node), parent)
-        assert found is not None  # checked when the list was visited
-        return found
+        listed = self.flow[parent]
+        if listed.kind == "list":
+            found = self.tracker.moved(node, getitem(node), parent)
+            assert found is not None  # checked when the list was visited
+            return found
+        if listed.kind == "opaque" and isinstance(listed.effect, Movement):
+            return self._movement(node, getitem(node), parent)
+        return FlowNode(node, "opaque", Opaque())
 
-    def _movement(self, node: Node, effect: Movement) -> FlowNode:
+    def _movement(self, node: Node, effect: Movement, through: Node | None = None) -> FlowNode:
         channels = self.channels(self.tracker.ancestor(effect.operand))
         if channels is None:
             return FlowNode(node, "opaque", effect)
         if channels.size == 1:
             return self._refuse(node, "moves a single channel", silent=True)
         found = self.tracker.moved(node, effect)
-        if found is None:
-            self.tracker.scramble(node, effect)
+        if found is None or (through is not None and found.kind != "select"):
+            self.tracker.scramble(node, effect, through)
             return FlowNode(node, "opaque", effect)
         return replace(found, whole=self._stray(node, found.links[0].operand))
+
+    def _part(self, node: Node) -> None:
+        """``node`` computes with tensors whose channels lie over several dimensions. Where one of these holds blocks of
+        channels (attention heads) that ``node`` can work with, the blocks are the channels from here on."""
+        scrambled = [n for n in self._inputs(node) if self.tracker.is_scrambled(n)]
+        if not scrambled:
+            return
+        before = {n: self.flow[n] for n in scrambled}
+        options = [[replace(s, effect=before[n].effect) for s in self.tracker.splits(n)] for n in scrambled]
+        for choice in islice(product(*options), MOST_CHOICES):
+            self.flow.update(zip(scrambled, choice, strict=True))
+            effect = find(self._op(node))
+            found = self._flow_of(node, effect) if not isinstance(effect, Barrier) else None
+            if found is not None and found.kind not in ("barrier", "opaque") and not found.whole:
+                for n in scrambled:
+                    self.tracker.unscramble(n)
+                return
+        self.flow.update(before)
 
     def _settle(self, node: Node) -> None:
         """``node`` computes with a tensor whose channels lie over several dimensions: the movement that spread them

@@ -10,11 +10,12 @@ from torch.fx import Node
 
 from ..program import Program
 from .effects import Concat, Constants, Contract, Mixing, Movement, Pad, PerChannel, Pointwise
+from .groups import as_rows
 from .model import FlowNode, Link, Support
 
 
 def support_of(program: Program, effect: Contract, only: Mapping[str, torch.Tensor] | None = None) -> Support:
-    """Which inputs every row of a contraction uses. Rows and inputs are those of one group.
+    """Which inputs every row of a contraction uses; of a grouped one, the inputs of the row's own group.
 
     ``only``: where given, zeros count as masked only at these entries (weight name -> bool of the weight's shape).
     """
@@ -24,12 +25,21 @@ def support_of(program: Program, effect: Contract, only: Mapping[str, torch.Tens
         table = weight.movedim(effect.weight_out, 0).flatten(1).cpu()
         varies = (table != table[:, :1]).any(1, keepdim=True)
         return Support(varies.numpy(), table[:, :1, None], None)
-    dims = (effect.weight_out, effect.weight_in)
-    matrix = weight.movedim(dims, (0, 1)).unsqueeze(-1).flatten(2)
+    matrix = _matrix(weight, effect)
     if only is None:
         return Support(_nonzero(matrix), matrix, bias)
     masked = only.get(str(effect.weight.target), torch.zeros((), dtype=torch.bool)).expand(weight.shape)
-    return Support(~masked.movedim(dims, (0, 1)).unsqueeze(-1).flatten(2).all(2).numpy(), matrix, bias)
+    return Support(~_matrix(masked, effect).all(2).numpy(), matrix, bias)
+
+
+def _matrix(weight: torch.Tensor, effect: Contract) -> torch.Tensor:
+    """A weight as (rows, inputs, window)."""
+    assert effect.weight_in is not None
+    if effect.groups > 1 and effect.weight_out == 1:
+        matrix = as_rows(weight, effect.groups)
+    else:
+        matrix = weight.movedim((effect.weight_out, effect.weight_in), (0, 1))
+    return matrix.unsqueeze(-1).flatten(2)
 
 
 def _nonzero(matrix: torch.Tensor) -> np.ndarray:
@@ -92,7 +102,10 @@ def _through(link: Link, found: dict[Node, Constants | None]) -> Constants | Non
     if operand is None:
         return None
     index = torch.from_numpy(np.maximum(link.positions, 0))
-    return Constants(operand.known[index] & torch.from_numpy(link.positions >= 0), operand.value[index])
+    known, value = operand.known[index] & torch.from_numpy(link.positions >= 0), operand.value[index]
+    if known.ndim > 1:  # a block is known where all of it holds one value
+        return Constants(known.all(1) & (value == value[:, :1]).all(1), value[:, 0])
+    return Constants(known, value)
 
 
 def _every_operand(program: Program, flow: FlowNode, linked: list[Constants | None]) -> list[Constants | None]:
@@ -143,8 +156,6 @@ def _contract(
 ) -> Constants | None:
     """A row is constant if every input it uses is a constant that contributes the same everywhere."""
     rows = support.used.shape[0]
-    if rows != flow.channels.size:  # type: ignore[union-attr]
-        return None  # a grouped transposed convolution stores the rows of one group only
     bias = torch.zeros(rows, dtype=support.matrix.dtype) if support.bias is None else support.bias
     if effect.operand is None:
         return Constants(torch.from_numpy(~support.used[:, 0]), support.matrix[:, 0, 0])

@@ -81,6 +81,28 @@ class Pointwise:
 
 
 @dataclass(frozen=True)
+class Aligned:
+    """Channels pair up along one dimension of every operand and of the result, and no channel sees another, whatever
+    happens along the other dimensions: a batched matrix product, attention over heads. ``operands`` lists (node,
+    dimension); one with ``k`` times fewer channels serves ``k`` neighbours each (grouped-query attention)."""
+
+    operands: tuple[tuple[Node, int], ...]
+    out_dim: int
+
+
+@dataclass(frozen=True)
+class Folded:
+    """Every channel of the result is made of the operand's channels in one row of ``positions`` (channels, k), in a way
+    that is the same for all: a gated linear unit. The operator is repeated on the channels that are left, which then
+    stand column by column."""
+
+    operand: Node
+    dim: int
+    out_dim: int
+    positions: np.ndarray
+
+
+@dataclass(frozen=True)
 class PerChannel:
     """Each output channel comes from the input channel at the same position, whatever happens in other dimensions:
     batch norm, depthwise convolution, pooling, resampling, reductions over space.
@@ -151,7 +173,7 @@ class Opaque:
     """No operand carries channels: nothing to say."""
 
 
-Effect = Contract | Pointwise | PerChannel | Mixing | Movement | Concat | Pad | Barrier | Opaque
+Effect = Contract | Pointwise | Aligned | Folded | PerChannel | Mixing | Movement | Concat | Pad | Barrier | Opaque
 
 
 @dataclass(frozen=True)
@@ -188,6 +210,17 @@ class Op:
     def tensors(self) -> tuple[Node, ...]:
         """Every tensor argument, in order, each once."""
         return tuple(n for n in dict.fromkeys(self.node.all_input_nodes) if is_tensor(n))
+
+
+UNSEEN = 7  # stands for a size that depends on values: it equals no other by chance of the example's sizes
+
+
+def size_of(size: object) -> int:
+    """A size, flag or number of the captured example as a plain number."""
+    if isinstance(size, (torch.SymInt, torch.SymFloat)):
+        hint = size.node.hint
+        return UNSEEN if hint is None else hint
+    return size  # type: ignore[return-value]
 
 
 def is_tensor(node: Node) -> bool:

@@ -15,7 +15,8 @@ from torch.fx import Node
 from ..program import Program
 from .analysis import analyse
 from .constants import find_constants, support_of
-from .effects import Constants, Contract, PerChannel, Pointwise, is_tensor, reads_values
+from .effects import Constants, Contract, Folded, PerChannel, Pointwise, is_tensor, reads_values
+from .groups import grouped_inputs, grouped_rows
 from .model import Demand, Flow, FlowNode, Link, Support
 
 
@@ -67,7 +68,7 @@ class _Liveness:
                 self._need_all(n) if reads_values(node) else self._need_one(n)
         elif flow.kind != "param":
             self._through(node, flow)
-        if flow.kind == "select":
+        if flow.kind in ("select", "split") and not isinstance(flow.effect, Folded):
             return  # read through its link: the movements in between are never executed
         for n in node.all_input_nodes:  # weights, sizes, masks without channels
             if n in self.nodes and self.nodes[n].channels is None:
@@ -89,7 +90,7 @@ class _Liveness:
 
     def _need(self, link: Link, wanted: np.ndarray) -> None:
         """``wanted``: positions of the reader's result."""
-        positions = link.positions[wanted]
+        positions = link.positions[wanted].reshape(-1)
         positions = positions[positions >= 0]
         if not len(positions):
             return
@@ -158,6 +159,9 @@ class _Liveness:
                 self._need(flow.links[0], inputs)
             self.demands[node] = Demand(inputs, constant, delta, None)
             return
+        if effect.groups > 1:
+            self._grouped(node, flow, effect)
+            return
         link = flow.links[0]
         can_fold = effect.bias is not None or absorber is not None
         if own is not None:
@@ -166,7 +170,6 @@ class _Liveness:
         free = known & ((value == 0) | (effect.exact & can_fold))
         active = live & ~constant
         inputs = (support.used if active.all() else support.used[active]).any(0) & ~free
-        inputs = self._whole_units(link, inputs)
         folded = torch.from_numpy(np.where(free & ~inputs, value, 0.0))
         delta = support.weighted(folded)
         if own is not None:
@@ -178,20 +181,29 @@ class _Liveness:
         self._need(link, inputs)
         self.demands[node] = Demand(inputs, constant, delta, absorber if bool(delta.any()) else None, starved)
 
+    def _grouped(self, node: Node, flow: FlowNode, effect: Contract) -> None:
+        """A grouped convolution: groups that nobody reads vanish, the others are filled up to one size."""
+        link, own, groups = flow.links[0], self.constants.get(node), effect.groups
+        asked, live = self.live[node], grouped_rows(self.live[node], groups)
+        self.live[node] = live
+        constant = np.zeros(len(live), dtype=bool)
+        if own is not None:
+            constant = own.known.numpy() & ((own.value == 0).numpy() | (effect.bias is not None))
+        active = (live & ~constant)[:, None] & self.supports[node].used  # (rows, inputs of one group)
+        needed = active.reshape(groups, -1, active.shape[1]).any(1).reshape(-1)
+        known, value = self._input_constants(link)
+        needed &= ~(known & (value == 0))
+        there = None if link.anchored or link.operand not in self.live else self.live[link.operand][link.positions]
+        inputs = grouped_inputs(needed, live, groups, there)
+        self._need(link, inputs)
+        delta = torch.zeros(len(live), dtype=torch.float64)
+        self.demands[node] = Demand(inputs, constant, delta, None, not needed.any(), inputs & ~needed, live & ~asked)
+
     def _input_constants(self, link: Link) -> tuple[np.ndarray, np.ndarray]:
         operand = None if link.anchored else self.constants.get(link.operand)
         if operand is None:
             return np.zeros(len(link.positions), dtype=bool), np.zeros(len(link.positions))
         return self._known(link), operand.value.double().numpy()[np.maximum(link.positions, 0)]
-
-    def _whole_units(self, link: Link, inputs: np.ndarray) -> np.ndarray:
-        """Pixels of a flattened channel are read together: a few zero weights are cheaper than a gather."""
-        channels = None if link.anchored else self.nodes[link.operand].channels
-        if channels is None or channels.unit_count == channels.size:
-            return inputs
-        wanted = np.zeros(channels.unit_count, dtype=bool)
-        wanted[channels.units[inputs]] = True
-        return wanted[channels.units]
 
     def _any_position(self, link: Link) -> np.ndarray:
         """The cheapest position to read when none is needed: one that is live anyway."""
@@ -199,8 +211,7 @@ class _Liveness:
         if channels is None:
             return np.array([0])
         live = np.flatnonzero(self.live[link.operand])
-        first = int(live[0]) if len(live) else 0
-        return np.flatnonzero(channels.units == channels.units[first])
+        return live[:1] if len(live) else np.array([0])
 
     def _absorber(self, node: Node, effect: Contract) -> Node | None:
         """The batch norm that follows alone, whose running mean can take up a constant."""

@@ -8,12 +8,14 @@ import numpy as np
 import torch
 from torch.fx import Node
 
-from .effects import Channels, Constants, Effect
+from .effects import Channels, Constants, Contract, Effect
 
 
 @dataclass(frozen=True)
 class Link:
     """Position ``j`` of the result pairs with position ``positions[j]`` of the operand; -1: with none of it.
+
+    Where the result's channels are made of several of the operand's each, ``positions`` has a row for each of them.
 
     ``anchored``: the operand carries no channels of its own; it stands there whole and in its own order, and is read
     along ``dim``.
@@ -26,12 +28,28 @@ class Link:
 
 
 @dataclass(frozen=True)
+class Split:
+    """How a tensor whose channels are blocks of the operand's (attention heads) is made of the channels it reads.
+
+    ``permute``: the channel dimension is parted into (blocks, inside) and the dimensions permuted so; None: the
+    operator itself is repeated on what is read. ``by_column``: it wants the first of every block, then the second, ...
+    """
+
+    permute: tuple[int, ...] | None
+    by_column: bool = False
+
+    def in_order(self, positions: np.ndarray) -> np.ndarray:
+        """Rows of block positions as one list, in the order in which they are to be read."""
+        return (positions.T if self.by_column else positions).reshape(-1)
+
+
+@dataclass(frozen=True)
 class FlowNode:
     """One node's part in the flow.
 
     kind: ``param`` (labelled parameter), ``fresh`` (contraction), ``transit`` (same channels, other values),
-    ``select`` (channels picked from one tensor: exists on paper only), ``concat`` (channels of several tensors),
-    ``list`` (several results), ``barrier``, ``opaque``.
+    ``select`` (channels picked from one tensor: exists on paper only), ``split`` (each channel is a block of the
+    operand's), ``concat`` (channels of several tensors), ``list`` (several results), ``barrier``, ``opaque``.
     ``whole`` lists operands of which every channel is needed: (node, in the original order).
     """
 
@@ -43,7 +61,13 @@ class FlowNode:
     whole: tuple[tuple[Node, bool], ...] = ()
     fill: float = 0.0  # the value at positions no link covers (channel padding)
     merge: tuple[int, int] = (1, 1)  # (outer, inner) copies of each channel made by merging dimensions
-    pinned: bool = False  # all channels stay, in order (shared weights, grouped convolutions)
+    pinned: bool = False  # all channels stay, in order (shared weights)
+    split: Split | None = None
+
+    @property
+    def groups(self) -> int:
+        """Groups of a grouped convolution: its channels stay in order, equally many in every group that stays."""
+        return self.effect.groups if isinstance(self.effect, Contract) else 1
 
 
 @dataclass(frozen=True)
@@ -72,7 +96,8 @@ class Demand:
     ``inputs``: positions to read. ``constant``: rows whose value is known; they are emitted as a zero row.
     ``delta``: what the emitted contraction lacks per row (folded constants); it goes to the bias, or to the running
     mean of the batch norm that follows (``absorber``). ``starved``: nothing is needed; one input stands in, with
-    zero weights.
+    zero weights. ``blank``, ``filled``: inputs (with zero weights) and rows that are there only to make the groups of a
+    grouped convolution equal.
     """
 
     inputs: np.ndarray
@@ -80,6 +105,8 @@ class Demand:
     delta: torch.Tensor
     absorber: Node | None
     starved: bool = False
+    blank: np.ndarray | None = None
+    filled: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

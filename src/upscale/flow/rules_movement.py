@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from .effects import Barrier, Concat, Effect, Movement, Op
+from .effects import Barrier, Concat, Effect, Movement, Op, size_of
 from .registry import names, rule
 
 # Operators whose arguments spell out the whole result shape; the name of that argument.
@@ -82,7 +82,7 @@ def _on_labels(node: Node, operand: Node, values: dict[Node, torch.Tensor]) -> C
         def swap(n: Node) -> Any:
             if n is operand:
                 return labels
-            return values[n] if n in values else _number(n.meta["val"])
+            return values[n] if n in values else size_of(n.meta["val"])
 
         return swap
 
@@ -100,7 +100,3 @@ def _on_labels(node: Node, operand: Node, values: dict[Node, torch.Tensor]) -> C
             return moved.to(torch.int32)
 
     return run
-
-
-def _number(value: Any) -> Any:
-    return value.node.hint if isinstance(value, (torch.SymInt, torch.SymFloat)) else value

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+import numpy as np
 from torch.fx import Node
 
 from . import labels as lab
 from .effects import Channels, Movement
-from .model import FlowNode, Link
+from .model import FlowNode, Link, Split
 from .units import renumber
 
 
@@ -31,10 +32,32 @@ class Tracker:
     def heads_behind(self, nodes: Iterable[Node]) -> list[Node]:
         return [self.heads[n] for n in nodes if n in self.scrambled]
 
-    def scramble(self, node: Node, effect: Movement) -> None:
-        """Remember that the channels of ``node`` lie over several dimensions."""
+    def scramble(self, node: Node, effect: Movement, through: Node | None = None) -> None:
+        """Remember that the channels of ``node`` lie over several dimensions; ``through``: the list it is from."""
         self.scrambled[node] = (self.ancestor(effect.operand), self._since(effect))
-        self.heads[node] = self.heads.get(effect.operand, node)
+        self.heads[node] = self.heads.get(effect.operand, node if through is None else through)
+
+    def splits(self, node: Node) -> list[FlowNode]:
+        """All ways to see the channels of a scrambled tensor as blocks along one dimension."""
+        ancestor, run = self.scrambled[node]
+        channels, shape = self.channels(ancestor), self.shape(ancestor)
+        if channels is None or channels.unit_count != channels.size:
+            return []
+        alone = self.heads[node] is node and node.all_input_nodes[0] is ancestor
+        found = []
+        try:
+            options = lab.find_blocks(run, shape, channels.dim, run if alone else None)
+        except (RuntimeError, IndexError, ValueError):  # as in moved
+            return []
+        for blocks in options:
+            out = Channels(blocks.dim, np.arange(len(blocks.positions)), channels.weak)
+            link = Link(ancestor, channels.dim, blocks.positions)
+            found.append(FlowNode(node, "split", None, out, (link,), split=Split(blocks.permute)))
+        return found
+
+    def unscramble(self, node: Node) -> None:
+        """``node`` carries its channels along one dimension after all."""
+        del self.scrambled[node], self.heads[node]
 
     def moved(self, node: Node, effect: Movement, through: Node | None = None) -> FlowNode | None:
         """Run the movement on labels of the ancestor: the same channels came out (``transit``), some of them
@@ -45,12 +68,15 @@ class Tracker:
         channels, shape = self.channels(ancestor), self.shape(ancestor)
         if channels is None or channels.size == 1:
             return None
-        moved = lab.summarise(run(lab.channel_labels(shape, channels.dim)))
+        try:
+            moved = lab.summarise(run(lab.channel_labels(shape, channels.dim)))
+        except (RuntimeError, IndexError, ValueError):  # sizes that depend on values: where channels go is not known
+            return None
         if moved is None:
             return None
         merge = lab.merge_pattern(moved.positions, channels.size) if operand is ancestor else None
-        if merge not in (None, (1, 1)) and not isinstance(node.meta["val"].shape[moved.dim], int):
-            return None  # merged with a dimension whose size may change: positions mean nothing
+        if not isinstance(node.meta["val"].shape[moved.dim], int):
+            return None  # merged with a dimension whose size may change, or picked by values: positions mean nothing
         if merge is not None and (merge == (1, 1) or channels.unit_count == channels.size):
             link = Link(operand if through is None else through, channels.dim, moved.positions)
             units = channels.units if merge == (1, 1) else moved.positions

@@ -7,13 +7,16 @@ from torch.fx import Node
 
 from ..errors import InputError
 from ..flow import Flow, FlowNode, Link
-from ..flow.effects import Barrier, Contract, reads_values
+from ..flow.effects import Barrier, Contract, reads_values, size_of
 from ..program import where
 from .keep import Kept, decide_kept
-from .model import MODES, Contraction, Layout, Mode, Plan, Read
-from .reads import choose_read
+from .model import MODES, Choice, Contraction, Layout, Mode, Plan, Read
+from .reads import choose_read, whole_is_cheaper
 from .sources import Located, locate
-from .spaces import elements, rank_classes
+from .spaces import elements, find_parts, rank_classes
+
+_FILLED = "all groups of a grouped convolution are of one size"
+_WIDE = "reading them with zero weights costs less than picking the others"
 
 
 def make_plan(flow: Flow, mode: Mode = "auto", reorder: bool = True) -> Plan:
@@ -36,11 +39,13 @@ class _Builder:
     def __init__(self, flow: Flow, kept: Kept, mode: Mode, reorder: bool) -> None:
         self.flow, self.kept, self.mode = flow, kept, mode
         self.rank = rank_classes(flow, kept, reorder)
+        self.parts = find_parts(flow, kept)
         self.positions: dict[Node, np.ndarray] = {}  # layout of every stored tensor
         self.physical: dict[Node, np.ndarray] = {}  # original position -> place in the layout
         self.reads: dict[str, dict[str, Read]] = {}
         self.contractions: dict[str, Contraction] = {}
         self.constants: dict[str, dict[str, tuple[float, ...]]] = {}
+        self.choices: list[Choice] = []
 
     def run(self) -> Plan:
         for node in self.kept.stored:
@@ -51,7 +56,17 @@ class _Builder:
         layouts = {n.name: self._layout(n) for n in self.kept.stored}
         virtual = tuple(n.name for n in self.flow.nodes if n in self.kept.virtual)
         dead = tuple(n.name for n in self.flow.nodes if n not in self.flow.used and n.op == "call_function")
-        return Plan(self.mode, layouts, self.reads, self.contractions, self.constants, virtual, dead, self._barriers())
+        return Plan(
+            self.mode,
+            layouts,
+            self.reads,
+            self.contractions,
+            self.constants,
+            virtual,
+            dead,
+            self._barriers(),
+            tuple(self.choices),
+        )
 
     # -- layouts ------------------------------------------------------------------------------------------------
 
@@ -65,10 +80,18 @@ class _Builder:
         else:
             units = f.channels.units
             mine = np.flatnonzero(self.kept.kept[node][units])
-            positions = mine[np.lexsort((mine, self.rank[self.kept.order[node][units[mine]]]))]
+            positions = mine
+            if node not in self.kept.ordered:
+                rank = self.rank[self.kept.order[node][units[mine]]]
+                positions = mine[np.lexsort((mine, rank, self._parts(node)[mine]))]
         self.positions[node] = positions
         self.physical[node] = np.full(f.channels.size, -1)
         self.physical[node][positions] = np.arange(len(positions))
+
+    def _parts(self, node: Node) -> np.ndarray:
+        """Which of several readers' blocks a position is in, where one class stands in several: a fused query, key and
+        value, the two halves of a gate. Each block stays together."""
+        return self.parts.get(node, np.zeros(len(self.flow.nodes[node].channels.units), dtype=np.int64))  # type: ignore
 
     def _merged(self, node: Node, f: FlowNode) -> np.ndarray:
         """The operand's channels in order, each as often as merging repeats it."""
@@ -90,7 +113,11 @@ class _Builder:
     def _plan_node(self, node: Node, f: FlowNode) -> None:
         if isinstance(f.effect, Contract) and f.kind == "fresh":
             self._contraction(node, f, f.effect)
-        elif f.kind in ("transit", "concat", "list"):
+        elif f.kind == "split":
+            assert f.split is not None
+            blocks = f.links[0].positions[self.positions[node]]
+            self._read(node, f.links[0], f.split.in_order(blocks))
+        elif f.kind in ("transit", "concat", "select", "list"):
             for link in f.links:
                 if (node, link.operand) in self.flow.replaced:
                     self._replace(node, link)
@@ -189,20 +216,67 @@ class _Builder:
     def _contraction(self, node: Node, f: FlowNode, effect: Contract) -> None:
         demand, rows = self.flow.demands[node], self.positions[node]
         columns: tuple[int, ...] | None = None
+        blank = np.array([], dtype=np.int64)
         if effect.operand is not None:
             link = f.links[0]
-            wanted = np.flatnonzero(demand.inputs)
-            if not f.pinned:
+            wanted = np.flatnonzero(self.kept.grouped.get(node, demand.inputs))
+            if not f.pinned and effect.groups == 1:
                 wanted = self._as_stored(link, wanted)
+                if not self._contiguous(link, wanted):
+                    wanted = self._widened(node, link, effect, wanted)
             self._read(node, link, link.positions[wanted])
-            columns = None if effect.groups > 1 else tuple(wanted.tolist())
+            columns = None if f.pinned else tuple(wanted.tolist())
+            blank = wanted[~demand.inputs[wanted]] if demand.blank is None else np.flatnonzero(demand.blank)
+            if len(blank) and not f.pinned:
+                self.choices.append(Choice(node.name, "input", len(blank), _FILLED if effect.groups > 1 else _WIDE))
+        if demand.filled is not None and (spare := int((demand.filled | ~self.flow.live[node])[rows].sum())):
+            self.choices.append(Choice(node.name, "output", spare, _FILLED))
+        groups = len(np.unique(rows // (len(self.physical[node]) // effect.groups)))
         self.contractions[node.name] = Contraction(
             tuple(rows.tolist()),
             columns,
             tuple(np.flatnonzero(demand.constant).tolist()),
             tuple(demand.delta.tolist()) if bool(demand.delta.any()) else (),
             demand.absorber.name if demand.absorber is not None else None,
+            groups,
+            tuple(blank.tolist()),
         )
+
+    def _contiguous(self, link: Link, wanted: np.ndarray) -> bool:
+        read = self._choose(link.operand, link, locate(self.flow, self.kept.virtual, link, link.positions[wanted]))
+        return not read.copies
+
+    def _widened(self, node: Node, link: Link, effect: Contract, wanted: np.ndarray) -> np.ndarray:
+        """``wanted``, or all that the tensor behind it holds, where that costs less than picking them.
+
+        The baseline picks whole channels: of a flattened one all pixels, as the reference implementation does.
+        """
+        place = locate(self.flow, self.kept.virtual, link, link.positions[wanted])
+        source = place.tensors[0] if len(place.tensors) == 1 and not (place.which < 0).any() else None
+        if source is None or source is not link.operand or source not in self.positions or link.anchored:
+            return wanted
+        if self.mode == "baseline":
+            units = self.flow.nodes[source].channels.units  # type: ignore[union-attr]
+            return np.flatnonzero(np.isin(units[link.positions], units[link.positions[wanted]]))
+        channels = self.flow.nodes[source].channels
+        assert channels is not None
+        # Pixels of a flattened channel and channels that fill up a group stand in the way of every reader: only there
+        # is the choice made here. Elsewhere what nobody reads is not there to be read.
+        parted = channels.unit_count != channels.size or source in self.kept.ordered
+        if self.mode != "auto" or not parted:
+            return wanted
+        stored = self.positions[source]  # this operand is read straight: its positions are the layer's columns
+        rows, val = len(self.positions[node]), node.meta["val"]
+        outputs = [size_of(s) for d, s in enumerate(val.shape) if d not in (0, effect.out_dim)]
+        window = float(np.prod(effect.weight.meta["val"].shape[2:]))
+        per_channel = rows * window * float(np.prod(outputs))
+        extra = len(stored) - len(wanted)
+        return stored if whole_is_cheaper(extra, len(wanted), per_channel, self._elements(source)) else wanted
+
+    def _elements(self, node: Node) -> float:
+        """Elements of one channel of one example."""
+        sizes = [size_of(s) for d, s in enumerate(node.meta["val"].shape) if d not in (0, self._dim(node))]
+        return float(np.prod(sizes))
 
     def _as_stored(self, link: Link, wanted: np.ndarray) -> np.ndarray:
         """A contraction takes its inputs in any order: in that in which they are stored."""

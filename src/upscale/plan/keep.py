@@ -13,6 +13,7 @@ from torch.fx import Node
 
 from ..flow import Flow, FlowNode, Link
 from ..flow.effects import Contract, Mixing, reads_values
+from ..flow.groups import grouped_inputs, grouped_rows
 from .sources import choose_virtual, locate
 from .union import DisjointSets
 
@@ -27,6 +28,8 @@ class Kept:
     kept: dict[Node, np.ndarray]
     forced: frozenset[Node]  # all channels, in the original order
     hoisted: frozenset[Node]  # transits that read a subset of their operand
+    ordered: frozenset[Node]  # what is kept stands in the original order
+    grouped: dict[Node, np.ndarray]  # grouped convolutions: the inputs they read (bool)
 
 
 def decide_kept(flow: Flow, fuse: bool, hoist: bool) -> Kept:
@@ -50,6 +53,8 @@ class _Decision:
         self.order, self.ties = DisjointSets(total), DisjointSets(total)
         self.forced: set[Node] = set()
         self.hoisted: set[Node] = set()
+        self.ordered: set[Node] = set()
+        self.grouped: dict[Node, np.ndarray] = {}
         self.wants: dict[Node, list[np.ndarray | None]] = {n: [] for n in self.stored}  # None: whatever it keeps
 
     def _channels(self, node: Node):  # type: ignore[no-untyped-def]
@@ -66,7 +71,9 @@ class _Decision:
                 self._contract(f)
             elif f.kind in ("transit", "list"):
                 self._transit(f)
-            elif f.kind == "concat":
+            elif f.kind == "split":
+                self._want(f.links[0], np.ones(len(self.flow.live[node]), dtype=bool), tie=True, reader=f)
+            elif f.kind in ("concat", "select"):
                 for link in f.links:
                     self._want(link, self.flow.live[node], tie=False, reader=f)
         return self._result()
@@ -84,7 +91,7 @@ class _Decision:
                     self.forced.add(operand)
             elif operand in self.virtual and (channels := self._channels(operand)) is not None:
                 link = Link(operand, channels.dim, np.arange(channels.size))
-                self._want(link, np.ones(channels.size, dtype=bool), tie=False, reader=f)
+                self._want(link, np.ones(channels.size, dtype=bool), tie=False, reader=None)
         if f.kind in ("opaque", "barrier") and reads_values(f.node):
             for n in set(f.node.all_input_nodes) - {operand for operand, _ in f.whole}:
                 if n in self.base:
@@ -97,6 +104,8 @@ class _Decision:
             self._want(link, self.flow.demands[f.node].inputs, tie=False, reader=None)
             if f.pinned and not link.anchored and link.operand in self.base:
                 self.forced.add(link.operand)  # it reads everything, in order
+            if f.groups > 1:
+                self.ordered.update(n for n in (f.node, link.operand) if n in self.base)
 
     def _transit(self, f: FlowNode) -> None:
         node, live = f.node, self.flow.live[f.node]
@@ -123,8 +132,8 @@ class _Decision:
 
     def _want(self, link: Link, wanted: np.ndarray, tie: bool, reader: FlowNode | None) -> None:
         """Record that positions ``wanted`` (of the reader's side) of a link are read; ``tie``: all that is kept."""
-        mine = np.flatnonzero(wanted & (link.positions >= 0))
-        found = locate(self.flow, self.virtual, link, link.positions[mine])
+        mine, theirs = _pairs(link, wanted)
+        found = locate(self.flow, self.virtual, link, theirs)
         for i, source in enumerate(found.tensors):
             if source not in self.base or (link.anchored and source is link.operand):
                 continue
@@ -137,11 +146,10 @@ class _Decision:
                 self.wants[source].append(want)
             if reader is None or reader.node not in self.base:
                 continue
-            ours = self._slots(reader.node, mine[here])
-            theirs = self._slots(source, found.position[here])
-            self.order.join(ours, theirs)
+            one, other = self._slots(reader.node, mine[here]), self._slots(source, found.position[here])
+            self.order.join(one, other)
             if tie:
-                self.ties.join(ours, theirs)
+                self.ties.join(one, other)
 
     def _slots(self, node: Node, positions: np.ndarray) -> np.ndarray:
         slots: np.ndarray = self.base[node] + self._channels(node).units[positions]
@@ -165,6 +173,8 @@ class _Decision:
             {n: flags[roots[self.base[n] : self.base[n] + count[n]]] for n in self.stored},
             frozenset(self.forced),
             frozenset(self.hoisted),
+            frozenset(self.ordered),
+            self.grouped,
         )
 
     def _spread(self, flags: np.ndarray) -> None:
@@ -176,17 +186,35 @@ class _Decision:
             flags |= flags[roots]
             for node in self.stored:
                 f = self.flow.nodes[node]
-                if node in self.hoisted or f.kind == "concat":
+                if node in self.hoisted or f.kind in ("concat", "select"):
                     units = np.flatnonzero(flags[self.base[node] : self.base[node] + self._channels(node).unit_count])
                     mine = np.isin(self._channels(node).units, units)
                     for link in f.links:
                         self._need(link, mine, flags)
+                if f.kind == "fresh" and f.groups > 1 and not f.pinned:
+                    self._fill_groups(f, flags)
             if int(flags.sum()) == before:
                 return
 
+    def _fill_groups(self, f: FlowNode, flags: np.ndarray) -> None:
+        """A grouped convolution keeps equally many channels of every group, on both sides."""
+        slots = self._slots(f.node, np.arange(self._channels(f.node).size))
+        rows = grouped_rows(flags[slots], f.groups)
+        flags[slots] |= rows
+        self.grouped[f.node] = grouped_inputs(self.flow.demands[f.node].inputs, rows, f.groups)
+        self._need(f.links[0], self.grouped[f.node], flags)
+
     def _need(self, link: Link, wanted: np.ndarray, flags: np.ndarray) -> None:
-        mine = np.flatnonzero(wanted & (link.positions >= 0))
-        found = locate(self.flow, self.virtual, link, link.positions[mine])
+        found = locate(self.flow, self.virtual, link, _pairs(link, wanted)[1])
         for i, source in enumerate(found.tensors):
             if source in self.base and not link.anchored:
                 flags[self._slots(source, found.position[found.which == i])] = True
+
+
+def _pairs(link: Link, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of the reader and of the operand that meet in a link, where the reader's are ``wanted``."""
+    table = link.positions.reshape(len(link.positions), -1)
+    mine = np.repeat(np.arange(len(table)), table.shape[1])
+    theirs = table.reshape(-1)
+    meet = (theirs >= 0) & wanted[mine]
+    return mine[meet], theirs[meet]

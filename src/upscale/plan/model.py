@@ -62,13 +62,26 @@ class Read:
 @dataclass(frozen=True)
 class Contraction:
     """What becomes of one layer's weight: rows and columns kept (original indices, in order), rows emitted as zero,
-    and what folded constants add to the bias (or to ``absorber``'s running mean, negated)."""
+    and what folded constants add to the bias (or to ``absorber``'s running mean, negated). ``groups``: how many groups
+    a grouped convolution keeps; ``blank``: columns emitted as zero."""
 
     rows: tuple[int, ...]
-    columns: tuple[int, ...] | None  # None: all (no inputs, or grouped)
+    columns: tuple[int, ...] | None  # None: all (no inputs)
     zero_rows: tuple[int, ...]
     delta: tuple[float, ...]
     absorber: str | None
+    groups: int = 1
+    blank: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Channels of a layer that nobody needs and that stay all the same, and why."""
+
+    layer: str  # name of the call
+    side: str  # "input" or "output"
+    channels: int
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -83,6 +96,7 @@ class Plan:
     virtual: tuple[str, ...] = ()  # nodes that are never executed: their readers read through them
     dead: tuple[str, ...] = ()  # nodes whose result nobody needs
     barriers: tuple[tuple[str, str, str], ...] = ()  # (where, operator, reason)
+    choices: tuple[Choice, ...] = ()
 
     def read_counts(self) -> Counter[str]:
         return Counter(read.kind for by_operand in self.reads.values() for read in by_operand.values())
@@ -103,6 +117,7 @@ class Plan:
             virtual=tuple(data["virtual"]),
             dead=tuple(data["dead"]),
             barriers=tuple(tuple(b) for b in data["barriers"]),
+            choices=tuple(Choice(**c) for c in data["choices"]),
         )
 
 
@@ -113,4 +128,5 @@ def _read(v: dict[str, Any]) -> Read:
 
 def _contraction(v: dict[str, Any]) -> Contraction:
     columns = None if v["columns"] is None else tuple(v["columns"])
-    return Contraction(tuple(v["rows"]), columns, tuple(v["zero_rows"]), tuple(v["delta"]), v["absorber"])
+    delta, blank = tuple(v["delta"]), tuple(v["blank"])
+    return Contraction(tuple(v["rows"]), columns, tuple(v["zero_rows"]), delta, v["absorber"], v["groups"], blank)

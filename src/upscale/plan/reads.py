@@ -11,6 +11,17 @@ from .model import Mode, Piece
 # Cutting one more slice costs about as much as copying this many elements (eager dispatch, measured on CPU).
 SLICE_COST = 2000.0
 
+# The rates of one CPU core in float32, in nanoseconds: a multiply-add, an element gathered, a gather's call.
+MULTIPLY_COST, GATHER_COST, CALL_COST = 0.1, 1.5, 5000.0
+
+
+def whole_is_cheaper(extra: int, wanted: int, per_channel: float, elements: float) -> bool:
+    """Whether to read ``extra`` channels too, with zero weights, rather than to gather the ``wanted`` ones.
+
+    ``per_channel``: multiply-adds of one more channel for one example. ``elements``: elements of one channel.
+    """
+    return extra * per_channel * MULTIPLY_COST < wanted * elements * GATHER_COST + CALL_COST
+
 
 def choose_read(
     sources: Sequence[str],

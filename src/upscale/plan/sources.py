@@ -21,10 +21,12 @@ class Located:
 
 
 def choose_virtual(flow: Flow, fuse: bool) -> frozenset[Node]:
-    """Selections are always read through. A concatenation is fused into its reader where it has just one."""
+    """Selections are read through, but by readers along another dimension. A concatenation is fused into its reader
+    where it has just one."""
     virtual = set()
+    across = {k.operand for n, f in flow.nodes.items() if n in flow.used for k in f.links if k.anchored}
     for node, f in flow.nodes.items():
-        if f.kind == "select":
+        if f.kind == "select" and node not in across:
             virtual.add(node)
         elif f.kind == "concat" and fuse and len(node.users) == 1 and node in flow.used:
             user = flow.nodes[next(iter(node.users))]

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from torch.fx import Node
 
+from ..aliases import first_tensor
 from ..flow import Flow
+from ..flow.effects import size_of
 from .keep import Kept
 from .order import Wish, order_block
 from .sources import locate
@@ -43,7 +45,7 @@ def rank_classes(flow: Flow, kept: Kept, reorder: bool) -> np.ndarray:
 
 def _fixed_classes(kept: Kept, total: int) -> np.ndarray:
     fixed = np.zeros(total, dtype=bool)
-    for n in kept.forced:
+    for n in kept.forced | kept.ordered:
         if n in kept.order:
             fixed[kept.order[n]] = True
     return fixed
@@ -75,6 +77,31 @@ def _blocks(flow: Flow, kept: Kept) -> list[np.ndarray]:
     for c, s in zip(ordered.tolist(), signature[ordered].tolist(), strict=True):
         groups[s].append(c)
     return [np.array(g) for g in groups.values()]
+
+
+def find_parts(flow: Flow, kept: Kept) -> dict[Node, np.ndarray]:
+    """Tensors in which one class stands several times, and which reader's part each position is in.
+
+    Only splits and elementwise readers tie positions of one tensor to each other; each of them reads one part.
+    """
+    repeated = {n for n in kept.stored if len(np.unique(kept.order[n])) < len(kept.order[n])}
+    parts: dict[Node, np.ndarray] = {}
+    for node, f in flow.nodes.items():
+        if f.kind not in ("split", "transit") or node not in flow.used or node in kept.virtual or f.merge != (1, 1):
+            continue
+        for link in f.links:
+            if link.anchored:
+                continue
+            columns = link.positions.reshape(len(link.positions), -1)
+            by_column = f.split is not None and f.split.by_column
+            for positions in columns.T if by_column else (columns.reshape(-1),):
+                place = locate(flow, kept.virtual, link, positions[positions >= 0])
+                for i, source in enumerate(place.tensors):
+                    mine = place.position[place.which == i]
+                    if source in repeated and len(mine) < len(flow.nodes[source].channels.units):  # type: ignore
+                        part = parts.setdefault(source, np.zeros(flow.nodes[source].channels.size, dtype=np.int64))  # type: ignore
+                        part[mine] = 1 + mine.min()
+    return parts
 
 
 def _ordered(classes: np.ndarray, demands: list[Demanded]) -> np.ndarray:
@@ -120,6 +147,6 @@ def _units(flow: Flow, node: Node) -> np.ndarray:
 
 def elements(node: Node) -> float:
     """Elements of one channel of one example: everything but the largest-stride dimensions (batch and channel)."""
-    val = node.meta.get("val")
-    sizes = [s.node.hint if hasattr(s, "node") else int(s) for s in val.shape] if val is not None else []
+    val = first_tensor(node.meta.get("val"))
+    sizes = [] if val is None else [size_of(s) for s in val.shape]
     return float(np.prod(sizes[2:])) if len(sizes) > 2 else 1.0
