@@ -118,9 +118,7 @@ def select(b: Frame) -> str:
     x = b.take()
     dim = _axis(b, x)
     n = x.shape[dim]
-    form = b.pick(
-        "f", ("slice", "stride", "narrow", "select", "list", "index_select", "flip", "roll", "mask", "ellipsis")
-    )
+    form = b.pick("f", ("slice", "stride", "narrow", "select", "list", "index_select", "flip", "roll", "ellipsis"))
     start = b.pick("start", list(range(n)))
     stop = b.pick("stop", list(range(n, start, -1)))
     if form == "slice":
@@ -141,11 +139,17 @@ def select(b: Frame) -> str:
     order = [(start + 2 * i) % n for i in range(b.pick("count", list(range(1, n + 2))))]
     if form == "list":
         return f"{x}{_at(x.rank, dim, str(order))}"
-    if form == "mask":
-        keep = [i % 3 != start % 3 for i in range(n)]
-        b.need(any(keep))
-        return f"{x}{_at(x.rank, dim, b.buffer(f'torch.tensor({keep})'))}"
     return f"{x}.index_select({dim}, {b.buffer(f'torch.tensor({order})')})"
+
+
+@op("chunk, slice, index", 0.1)
+def boolean_index(b: Frame) -> str:
+    """An index by a boolean buffer: the size of the result depends on values."""
+    x = b.take()
+    dim = _axis(b, x)
+    keep = [i % 3 != b.step.number % 3 for i in range(x.shape[dim])]
+    b.need(any(keep))
+    return f"{x}{_at(x.rank, dim, b.buffer(f'torch.tensor({keep})'))}"
 
 
 @op("chunk, slice, index", 0.7)
