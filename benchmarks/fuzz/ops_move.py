@@ -21,7 +21,12 @@ def reorder(b: Frame) -> str:
     """Transpose or permute dimensions other than the batch."""
     x = b.take(accept=lambda t: t.rank >= 3)
     one, two = b.pick("one", list(range(1, x.rank))), b.pick("two", list(range(x.rank - 1, 0, -1)))
-    form = b.pick("f", ("transpose", "permute", "movedim", "swapaxes", "mT"))
+    form = b.pick("f", ("transpose", "permute", "movedim", "swapaxes", "mT", "rot90", "diagonal"))
+    if form == "rot90":
+        return f"{x}.rot90(1, ({one}, {two}))"
+    if form == "diagonal":
+        b.need(x.rank >= 4)
+        return f"{x}.diagonal(0, {one}, {two})"
     if form == "mT":
         return f"{x}.mT.contiguous()"
     if form == "permute":
@@ -96,8 +101,12 @@ def parts(b: Frame) -> list[str]:
     x = b.take()
     dim = _axis(b, x)
     n = x.shape[dim]
+    form = b.pick("f", ("chunk", "split", "split_list", "unbind", "tensor_split", "one"))
+    if form == "one":
+        return b.unpack(
+            f"{x}{b.pick('whole', (f'.split([{n}], {dim})', f'.chunk(1, {dim})', f'.split({n}, {dim})'))}", 1
+        )
     b.need(n >= 2)
-    form = b.pick("f", ("chunk", "split", "split_list", "unbind", "tensor_split"))
     if form == "chunk":
         return b.unpack(f"{x}.chunk(2, dim={dim})", 2)
     if form == "split":

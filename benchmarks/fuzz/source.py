@@ -134,7 +134,7 @@ print("no failure")
 '''
 
 
-_CALL = "pruned = upscale.export(model, copied(example), reads=reads, verify={verify})"
+_CALL = "pruned = upscale.export(model, copied(example), reads=reads, verify={verify}{spatial})"
 _CALL_OR_REFUSAL = f"""try:
         {_CALL}
     except (upscale.NothingToPruneError, upscale.ConstantOutputError) as refusal:
@@ -153,6 +153,7 @@ def script(
             made.append(f"torch.randint(0, {item.vocabulary}, {shape}, generator=generator),")
         else:
             made.append(f"torch.randn({shape}, generator=generator, dtype=torch.float64),")
+    spatial = ', dynamic_shapes="spatial"' if graph.spatial else ""
     zeros = [f"state[{zero.name!r}][{_index_text(zero)}] = 0" for zero in graph.zeros]
     return _SCRIPT.format(
         title=title,
@@ -164,7 +165,7 @@ def script(
         batch=graph.batch,
         example_seed=graph.seed + 100,
         reads=tuple(graph.reads),
-        export=(_CALL if refused else _CALL_OR_REFUSAL).format(verify=verify),
+        export=(_CALL if refused else _CALL_OR_REFUSAL).format(verify=verify, spatial=spatial),
         trials=f"(example, inputs({graph.other}, {graph.seed + 101}))" if batched else "(example,)",
     )
 
