@@ -16,6 +16,7 @@ from .errors import (
 from .exporting import export
 from .managers import PruningManager
 from .masking import MaskingManager
+from .rules import rule
 
 __version__ = "0.1.0"
 
@@ -33,4 +34,5 @@ __all__ = [
     "UpscaleError",
     "VerificationError",
     "export",
+    "rule",
 ]
