@@ -28,6 +28,8 @@ from upscale.signature import Argument, Signature, Tree, bind, call_with, flat_s
 from upscale.spelling import normalise_spelling
 from upscale.weights import fold_weight_slots
 
+_MOST_NOTES = 5  # of one kind
+
 
 class _Adaptor(nn.Module):
     """Calls the model with its arguments rebuilt from flat tensors; remembers how the result nests."""
@@ -185,6 +187,7 @@ def _program(model: nn.Module, arguments: tuple[Argument, ...], names: tuple[str
     notes = list(export.notes)
     notes += [f"a relation between input sizes is not checked: {text}" for text in (*missing, *unread)]
     imported = import_graph(export.exported, model, "model")
+    notes += list(dict.fromkeys(imported.notes))[:_MOST_NOTES]
     notes += functionalise(imported, names)
     normalise_spelling(imported)
     notes += fold_weight_slots(imported)

@@ -7,7 +7,16 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-__all__ = ["LAYERS", "Side", "channel_count", "entries_of", "norm_per_channel", "per_channel"]
+__all__ = [
+    "LAYERS",
+    "Side",
+    "channel_count",
+    "channel_dim",
+    "entries_of",
+    "is_layer",
+    "norm_per_channel",
+    "per_channel",
+]
 
 Side = Literal["input", "output"]
 
@@ -16,8 +25,22 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 LAYERS = (*_CONVOLUTIONS, *_TRANSPOSED, nn.Linear)  # the layers that masks are made for
 
 
+def is_layer(module: nn.Module) -> bool:
+    """Whether masks are made for ``module``: one of :data:`LAYERS`, or a linear layer stored as (in, out)."""
+    return isinstance(module, LAYERS) or _is_transposed_linear(module)
+
+
+def _is_transposed_linear(module: nn.Module) -> bool:
+    """A linear layer with a weight of shape (in, out), as GPT-2's are: told by its counts ``nx`` and ``nf``."""
+    weight = module._parameters.get("weight")
+    counts = (getattr(module, "nx", None), getattr(module, "nf", None))
+    return weight is not None and weight.ndim == 2 and tuple(weight.shape) == counts
+
+
 def channel_count(layer: nn.Module, side: Side) -> int:
     """Number of channels that ``layer`` reads (``"input"``) or writes (``"output"``)."""
+    if _is_transposed_linear(layer):
+        return int(layer.nx if side == "input" else layer.nf)  # type: ignore[arg-type]
     if isinstance(layer, nn.Linear):
         return layer.in_features if side == "input" else layer.out_features
     return int(layer.in_channels if side == "input" else layer.out_channels)  # type: ignore[arg-type]
@@ -32,7 +55,7 @@ def entries_of(layer: nn.Module, side: Side, channels: Tensor) -> Tensor:
     """
     weight = layer.weight
     assert isinstance(weight, Tensor)
-    dim, groups = _channel_dim(layer, side)
+    dim, groups = channel_dim(layer, side)
     if groups == 1:
         shape = [1] * weight.ndim
         shape[dim] = -1
@@ -44,7 +67,7 @@ def entries_of(layer: nn.Module, side: Side, channels: Tensor) -> Tensor:
 
 def per_channel(layer: nn.Module, side: Side, scores: Tensor) -> Tensor:
     """Sum element scores (in the weight's shape) over each channel of ``side``: one number a channel."""
-    dim, groups = _channel_dim(layer, side)
+    dim, groups = channel_dim(layer, side)
     flat = scores.flatten(2).sum(dim=2) if scores.ndim > 2 else scores
     if groups == 1:
         return flat.sum(dim=1 - dim)
@@ -56,7 +79,7 @@ def norm_per_channel(layer: nn.Module, side: Side, order: int) -> Tensor:
 
     Of half-precision weights in float32: sums of squares need the range.
     """
-    dim, groups = _channel_dim(layer, side)
+    dim, groups = channel_dim(layer, side)
     weight = layer.weight
     assert isinstance(weight, Tensor)
     blocks = weight.detach().unflatten(0, (groups, -1))  # (groups, rows of a group, columns, window)
@@ -66,7 +89,7 @@ def norm_per_channel(layer: nn.Module, side: Side, order: int) -> Tensor:
     return torch.linalg.vector_norm(blocks, order, dim=others, dtype=dtype).flatten()
 
 
-def _channel_dim(layer: nn.Module, side: Side) -> tuple[int, int]:
+def channel_dim(layer: nn.Module, side: Side) -> tuple[int, int]:
     """The weight dimension that counts the channels of ``side``, and into how many groups that count is
     folded.
 
@@ -74,6 +97,8 @@ def _channel_dim(layer: nn.Module, side: Side) -> tuple[int, int]:
     """
     if isinstance(layer, nn.Linear):
         return (1 if side == "input" else 0), 1
+    if _is_transposed_linear(layer):
+        return (0 if side == "input" else 1), 1
     groups = int(layer.groups)  # type: ignore[arg-type]
     # A convolution's weight is (out, in / groups, ...), a transposed one's (in, out / groups, ...).
     folded_side = "output" if isinstance(layer, _TRANSPOSED) else "input"

@@ -39,6 +39,7 @@ class Imported:
     canonical: dict[str, str]
     consumed: set[str] = field(default_factory=set)  # names folded into other tensors
     folded: set[str] = field(default_factory=set)  # constants made here
+    notes: list[str] = field(default_factory=list)
 
 
 def import_graph(exported: ExportedProgram, model: nn.Module, prefix: str) -> Imported:
@@ -168,10 +169,20 @@ class _Copier:
             raise CaptureError(f"the computation depends on values, not only on shapes, at {where(node)}")
 
     def _inline(self, node: fx.Node) -> None:
-        """Inline ``with torch.no_grad()`` blocks; other higher-order operators are control flow."""
-        if node.target.__name__ != "wrap_with_set_grad_enabled":  # type: ignore[union-attr]
-            raise CaptureError(f"{node.target} at {where(node)} is control flow or autocast: it cannot be exported")
-        _, nested, *arguments = [self._map(argument) for argument in node.args]
+        """Inline ``with torch.no_grad()`` blocks and regions without autocast; other higher-order operators are control
+        flow."""
+        name, leading = node.target.__name__, 1  # type: ignore[union-attr]
+        if name == "wrap_with_autocast":
+            leading = 4  # device, dtype, enabled, cache
+            if node.args[2]:
+                raise CaptureError(
+                    f"autocast is switched on inside the model, at {where(node)}: it cannot be exported; "
+                    "call the model under autocast instead, or convert the layers there"
+                )
+            self.result.notes.append(f"the region without autocast at {where(node)} is part of the whole now")
+        elif name != "wrap_with_set_grad_enabled":
+            raise CaptureError(f"{node.target} at {where(node)} is control flow: it cannot be exported")
+        nested, *arguments = [self._map(argument) for argument in node.args[leading:]]
         inner = _Copier(self.result, {}, {}, nested, self.prefix)
         feed = iter(arguments)
         for child in nested.graph.nodes:

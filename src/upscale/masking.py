@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .channels import LAYERS, Side, channel_count, entries_of
+from .channels import Side, channel_count, entries_of, is_layer
 from .errors import InputError, NothingToPruneError, UnsupportedModelError
 from .grouping import tied_groups
 from .observe import Observation, observe
@@ -290,7 +290,7 @@ def _find_layers(model: nn.Module) -> dict[str, nn.Module]:
     layers: dict[str, nn.Module] = {}
     weights: set[int] = set()
     for name, module in model.named_modules():
-        if not isinstance(module, LAYERS) or id(module) in within_attention:
+        if not is_layer(module) or id(module) in within_attention:
             continue
         weight = module._parameters.get("weight")  # not module.weight: it may be computed, with side effects
         if isinstance(weight, nn.UninitializedParameter):

@@ -6,8 +6,8 @@ A rule is a function from one call (:class:`Op`) to one effect, registered for a
     def swish(op):
         return rules.Pointwise(op.tensors)
 
-:class:`Op` gives the call's arguments by their schema names (``op["x"]``), shapes (``op.shape(node)``) and the values of
-parameters (``op.value_of(node)``). The effects, by what they say of the channels:
+:class:`Op` gives the call's arguments by their schema names (``op["x"]``), shapes (``op.shape(node)``) and
+the values of parameters (``op.value_of(node)``). The effects, by what they say of the channels:
 
 ==================  ===================================================================================================
 :class:`Contract`   new channels are made of all channels of an operand by a weight: convolution, linear

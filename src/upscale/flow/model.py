@@ -61,7 +61,8 @@ class FlowNode:
     whole: tuple[tuple[Node, bool], ...] = ()
     fill: float = 0.0  # the value at positions no link covers (channel padding)
     merge: tuple[int, int] = (1, 1)  # (outer, inner) copies of each channel made by merging dimensions
-    pinned: bool = False  # all channels stay, in order (shared weights)
+    pinned: bool = False  # all channels stay, in order (a weight with two uses)
+    twins: str | None = None  # calls of one name share a weight and keep the same channels
     split: Split | None = None
 
     @property

@@ -220,7 +220,7 @@ class _Builder:
         if effect.operand is not None:
             link = f.links[0]
             wanted = np.flatnonzero(self.kept.grouped.get(node, demand.inputs))
-            if not f.pinned and effect.groups == 1:
+            if not f.pinned and f.twins is None and effect.groups == 1:
                 wanted = self._as_stored(link, wanted)
                 if not self._contiguous(link, wanted):
                     wanted = self._widened(node, link, effect, wanted)

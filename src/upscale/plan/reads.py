@@ -11,6 +11,7 @@ from .model import Mode, Piece
 # Cutting one more slice costs about as much as copying this many elements (eager dispatch, measured on CPU).
 SLICE_COST = 2000.0
 
+MOST_EXTRA = 0.125  # of the wanted channels: more than that is never read for nothing
 # The rates of one CPU core in float32, in nanoseconds: a multiply-add, an element gathered, a gather's call.
 MULTIPLY_COST, GATHER_COST, CALL_COST = 0.1, 1.5, 5000.0
 
@@ -20,6 +21,8 @@ def whole_is_cheaper(extra: int, wanted: int, per_channel: float, elements: floa
 
     ``per_channel``: multiply-adds of one more channel for one example. ``elements``: elements of one channel.
     """
+    if extra > MOST_EXTRA * wanted:
+        return False
     return extra * per_channel * MULTIPLY_COST < wanted * elements * GATHER_COST + CALL_COST
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..channels import LAYERS, Side, channel_count
+from ..channels import Side, channel_count, channel_dim, is_layer
 
 Masked = Mapping[Side, Mapping[str, Tensor]]  # per side and layer, the masked channels
 
@@ -96,7 +96,7 @@ def removed_share(before: nn.Module, after: nn.Module, masked: Masked) -> float 
 
 def _channels_left(before: nn.Module, after: nn.Module | None, side: Side) -> int:
     """Channels of the exported layer; one that is gone has none, one emitted as a bare weight is read off its shape."""
-    if isinstance(after, LAYERS):
+    if after is not None and is_layer(after):
         return channel_count(after, side)
     weight, old = getattr(after, "weight", None), before.weight
     if not isinstance(weight, Tensor):
@@ -104,6 +104,5 @@ def _channels_left(before: nn.Module, after: nn.Module | None, side: Side) -> in
     assert isinstance(old, Tensor)
     if weight.ndim != old.ndim:
         return channel_count(before, side)
-    transposed = isinstance(before, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))
-    dim = int((side == "input") != transposed)
+    dim, _ = channel_dim(before, side)
     return channel_count(before, side) * weight.shape[dim] // old.shape[dim]
