@@ -56,7 +56,8 @@ def _run(session: Session, seeds: Sequence[int] | itertools.count[int], seconds:
 
         def tell(seed: int, verdict: Verdict) -> None:
             # A loop inside a C function hears no signal: the process then ends with a traceback.
-            faulthandler.dump_traceback_later(session.limit * 10 + session.shrink_seconds * 2, exit=True)
+            patience = session.limit * 10 + session.shrink_seconds * 2
+            faulthandler.dump_traceback_later(patience, exit=True, file=sys.__stderr__)
             done = sum(session.outcomes.values())
             text = f"seed {seed}: {done} examples, {len(session.failures)} distinct failures"
             progress.update(task, description=text, completed=progress.tasks[0].elapsed or 0)

@@ -39,7 +39,8 @@ def _computed(name: str, model: nn.Module) -> bool:
     """Whether a weight was computed from others (weight norm, pruning, standardisation) and is stored as one now."""
     owner, _, leaf = name.rpartition(".")
     keys = model.state_dict()
-    related = (f"{owner}.{leaf}_orig", f"{owner}.{leaf}_g", f"{owner}.parametrizations.{leaf}.original0")
+    owned = f"{owner}.parametrizations.{leaf}.original"
+    related = (f"{owner}.{leaf}_orig", f"{owner}.{leaf}_g", owned, f"{owned}0")
     return any(key in keys for key in related) or "." not in name or name not in keys and owner not in _paths(model)
 
 

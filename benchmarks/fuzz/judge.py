@@ -65,6 +65,11 @@ class Verdict:
     notes: tuple[str, ...] = ()
 
     @property
+    def vague(self) -> bool:
+        """Whether the mark does not say where the fault is: wrong numbers, an exported model that does not run."""
+        return self.outcome.startswith("wrong") or self.mark.startswith("emitted")
+
+    @property
     def failed(self) -> bool:
         """Whether this must not happen."""
         return self.outcome in BAD
@@ -142,12 +147,7 @@ class _Case:
         notes: tuple[str, ...] = ()
         for reads in self.graph.reads:
             try:
-                pruned = upscale.export(
-                    self.model,
-                    tuple(copied(self.example)),
-                    reads=reads,
-                    verify=False,  # type: ignore[arg-type]
-                )
+                pruned = self._export(self.model, reads)
             except Exception as error:
                 return self._raised(error, reads)
             finally:
@@ -176,9 +176,15 @@ class _Case:
             fault = ordinary(self.model, pruned, self.example, self._differ)
             if fault:
                 return None if self._unstable() else Verdict("not ordinary", fault.split(":")[0], fault, notes)
+        if self.graph.seed % 8 == 2:
+            model = self.fresh()
+            same = self._export(model, reads, inplace=True) is model
+            fault = self._differ(self.model, model, self.example) if same else "another object is returned"
+            if fault:
+                return None if self._unstable() else Verdict("not ordinary", "in place", f"in place: {fault}", notes)
         if self.graph.seed % 8 == 0:
             try:
-                self._export_verified(reads)
+                self._export(self.fresh(), reads, verify=True)
             except upscale.VerificationError as error:
                 return None if self._unstable() else Verdict("false alarm", "", str(error), notes)
             except Exception as error:
@@ -193,8 +199,10 @@ class _Case:
             return str(difference)
         return f"relative error {error:.2e}" if error > TOLERANCE else ""
 
-    def _export_verified(self, reads: str) -> None:
-        upscale.export(self.fresh(), tuple(copied(self.example)), reads=reads)  # type: ignore[arg-type]
+    def _export(self, model: nn.Module, reads: str, **options: Any) -> nn.Module:
+        shapes = "spatial" if self.graph.spatial else None
+        options = {"verify": False, "dynamic_shapes": shapes, **options}
+        return upscale.export(model, tuple(copied(self.example)), reads=reads, **options)  # type: ignore[arg-type]
 
     # -- numbers ------------------------------------------------------------------------------------------------------
 
@@ -223,7 +231,7 @@ class _Case:
 
     def _wrong(self, what: str, reads: str, notes: tuple[str, ...]) -> Verdict:
         try:
-            self._export_verified(reads)
+            self._export(self.fresh(), reads, verify=True)
         except upscale.VerificationError as error:
             place = str(error).split("The first result that differs is that of ")[-1].split(" (")[0]
             return Verdict("wrong", "", f"{what}; verification sees it: {place}", notes)

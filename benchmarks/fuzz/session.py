@@ -75,7 +75,7 @@ class Session:
     def _record(self, seed: int, graph: Graph, verdict: Verdict) -> None:
         """Shrink a failure and write its script, unless one like it was written before."""
         for known in self.failures:
-            if known.verdict.like(verdict) and not verdict.outcome.startswith("wrong"):
+            if known.verdict.like(verdict) and not verdict.vague:
                 known.count += 1
                 return
         small = Shrinker(graph, lambda g: self._judge(g).like(verdict), self.shrink_seconds).run()
@@ -102,4 +102,5 @@ def standalone(graph: Graph, verdict: Verdict, seed: int) -> str:
     title = f"{verdict.outcome}: found by `python -m benchmarks.fuzz --seed {seed} --count 1`"
     text = "\n".join(line for line in (verdict.mark, verdict.detail) if line)
     verify = verdict.outcome in ("wrong, verified", "false alarm")
-    return script(builder, graph, title, text, verify, not fixed)
+    refused = verdict.outcome == "refused"
+    return script(builder, graph, title, text, verify=verify, batched=not fixed, refused=refused)

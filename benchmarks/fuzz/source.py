@@ -118,7 +118,7 @@ state = {{**dict(model.named_parameters()), **dict(model.named_buffers())}}
 before = {{name: tensor.clone() for name, tensor in state.items()}}
 example = inputs({batch}, {example_seed})
 for reads in {reads!r}:
-    pruned = upscale.export(model, copied(example), reads=reads, verify={verify})
+    {export}
     for args in {trials}:
         expected, actual = tensors(model(*copied(args))), tensors(pruned(*copied(args)))
         for a, b in zip(expected, actual, strict=True):
@@ -134,7 +134,17 @@ print("no failure")
 '''
 
 
-def script(builder: Builder, graph: Graph, title: str, diagnosis: str, verify: bool, batched: bool = True) -> str:
+_CALL = "pruned = upscale.export(model, copied(example), reads=reads, verify={verify}{spatial})"
+_CALL_OR_REFUSAL = f"""try:
+        {_CALL}
+    except (upscale.NothingToPruneError, upscale.ConstantOutputError) as refusal:
+        print(refusal)  # not the failure that was found
+        continue"""
+
+
+def script(
+    builder: Builder, graph: Graph, title: str, diagnosis: str, *, verify: bool, batched: bool, refused: bool
+) -> str:
     """A script that needs torch and upscale only, and fails as the fuzzer saw it fail."""
     made = []
     for item in graph.inputs:
@@ -143,6 +153,7 @@ def script(builder: Builder, graph: Graph, title: str, diagnosis: str, verify: b
             made.append(f"torch.randint(0, {item.vocabulary}, {shape}, generator=generator),")
         else:
             made.append(f"torch.randn({shape}, generator=generator, dtype=torch.float64),")
+    spatial = ', dynamic_shapes="spatial"' if graph.spatial else ""
     zeros = [f"state[{zero.name!r}][{_index_text(zero)}] = 0" for zero in graph.zeros]
     return _SCRIPT.format(
         title=title,
@@ -154,7 +165,7 @@ def script(builder: Builder, graph: Graph, title: str, diagnosis: str, verify: b
         batch=graph.batch,
         example_seed=graph.seed + 100,
         reads=tuple(graph.reads),
-        verify=verify,
+        export=(_CALL if refused else _CALL_OR_REFUSAL).format(verify=verify, spatial=spatial),
         trials=f"(example, inputs({graph.other}, {graph.seed + 101}))" if batched else "(example,)",
     )
 
