@@ -173,3 +173,22 @@ def test_a_guard_never_refuses_the_example() -> None:
     x = values(2, 1, 2, 2)
     pruned = upscale.export(net, (x,), dynamic_shapes="spatial")
     torch.testing.assert_close(pruned(x), net(x))
+
+
+def test_rounding_inside_a_float64_model_is_no_fault() -> None:
+    """Norms of language models compute in float32 whatever the model's type: there the reference itself rounds."""
+
+    def run(net: Any, x: Tensor) -> Tensor:
+        hidden = torch.relu(net.a(x))
+        rough = hidden.to(torch.float32)
+        hidden = hidden * torch.rsqrt(rough.pow(2).mean(-1, keepdim=True) + 1e-6).to(hidden.dtype)
+        return net.c(torch.relu(net.b(hidden))).float()
+
+    net = Net(run, a=nn.Linear(8, 32), b=nn.Linear(32, 32), c=nn.Linear(32, 4))
+    randomise(net.double().eval(), seed=3)
+    with torch.no_grad():
+        net.b.weight[:, ::4] = 0
+        net.c.weight[:, ::3] = 0
+    pruned = upscale.export(net, (values(2, 8),))
+    assert pruned.report.error <= 1e-10  # compared in float64 throughout
+    assert pruned.c.in_features == 21
