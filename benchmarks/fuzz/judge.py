@@ -22,7 +22,7 @@ import upscale
 from .. import ROOT  # puts the tests' folder on the path, for the next line
 from .build import Reject, make_inputs, rebuild
 from .catalogue import CATALOGUE
-from .extras import ordinary, other_sizes
+from .extras import ordinary, unguarded
 from .graph import Graph
 from .source import instance, network
 
@@ -169,7 +169,7 @@ class _Case:
 
     def _others(self, pruned: nn.Module, reads: str, notes: tuple[str, ...]) -> Verdict | None:
         """What else can be wrong; the dearer checks for some seeds only."""
-        fault = other_sizes(self.graph, self.model, pruned, self._differ)
+        fault = unguarded(self.graph, self.model, pruned, self._differ)
         if fault:
             return None if self._unstable() else Verdict("wrong", "at another size", fault, notes)
         if self.graph.seed % 8 == 1:

@@ -9,13 +9,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .build import Reject, rebuild
-from .catalogue import CATALOGUE
+from .build import Reject
 from .generate import FAMILY_OF, draw
 from .graph import Graph
 from .judge import Verdict, judge
+from .script import standalone
 from .shrink import Shrinker
-from .source import script
 
 
 @dataclass
@@ -93,14 +92,3 @@ class Session:
 def _ops(graph: Graph) -> list[str]:
     """The operators of a graph: two failures with the same ones are taken for the same."""
     return sorted(step.op for step in graph.steps)
-
-
-def standalone(graph: Graph, verdict: Verdict, seed: int) -> str:
-    """The script that repeats a failure."""
-    builder, graph = rebuild(graph, CATALOGUE)
-    fixed = any("batch size specialised" in note for note in verdict.notes)
-    title = f"{verdict.outcome}: found by `python -m benchmarks.fuzz --seed {seed} --count 1`"
-    text = "\n".join(line for line in (verdict.mark, verdict.detail) if line)
-    verify = verdict.outcome in ("wrong, verified", "false alarm")
-    refused = verdict.outcome == "refused"
-    return script(builder, graph, title, text, verify=verify, batched=not fixed, refused=refused)
