@@ -20,11 +20,12 @@ from benchmarks.fuzz.build import BATCHES, Builder, Reject, make_inputs, rebuild
 from benchmarks.fuzz.catalogue import CATALOGUE
 from benchmarks.fuzz.generate import FAMILIES, draw
 from benchmarks.fuzz.graph import Graph, Input, Step, Zero, needed
-from benchmarks.fuzz.judge import BAD, GOOD, judge
+from benchmarks.fuzz.judge import judge
 from benchmarks.fuzz.script import standalone
 from benchmarks.fuzz.session import Session
 from benchmarks.fuzz.shrink import Shrinker
 from benchmarks.fuzz.source import instance, network
+from benchmarks.fuzz.verdict import BAD, GOOD
 
 EXPORT = upscale.export
 INPUTS = (
@@ -126,6 +127,14 @@ def test_a_short_run(tmp_path: Path) -> None:
     for failure in session.failures:
         with pytest.raises(Exception):  # noqa: B017 - whatever it was
             runpy.run_path(str(failure.path))
+
+
+def test_further_masks_agree_with_the_public_call() -> None:
+    """A network captured once and masked anew is judged as the whole export judges it."""
+    judged = list(judge_more(chain(), 5))
+    assert len(judged) == 5 and len({graph.zeros for graph, _ in judged}) > 1
+    for graph, verdict in judged:
+        assert not verdict.failed and judge(graph).outcome == verdict.outcome
 
 
 # -- planted faults ---------------------------------------------------------------------------------------------------

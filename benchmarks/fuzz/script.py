@@ -8,8 +8,8 @@ from .build import rebuild
 from .catalogue import CATALOGUE
 from .extras import other_sizes
 from .graph import Graph, Input, Zero
-from .judge import Verdict
 from .source import network
+from .verdict import Verdict
 
 _HEAD = """
 import copy
