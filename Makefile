@@ -12,7 +12,7 @@ RUN := $(BIN)/python
 export OMP_NUM_THREADS ?= 1
 export KINETO_LOG_LEVEL ?= 6
 
-.PHONY: help venv demo test check format fuzz bench matrix results wheel clean
+.PHONY: help venv demo test check format fuzz bench matrix results zoo wheel clean
 
 help:
 	@echo "make demo     train a small net on scikit-learn's digits, mask it, export it, compare"
@@ -21,6 +21,7 @@ help:
 	@echo "make fuzz     random networks for SECONDS=60, masked against exported; failures go to fuzz-failures/"
 	@echo "make bench    time and memory of an export, network by network"
 	@echo "make matrix   every network x every mask (long)"
+	@echo "make zoo      every model of torchvision, timm and transformers (hours), written to docs/coverage.md"
 	@echo "make results  accuracy and latency on real trained networks, written to docs/results.md"
 
 # A half-made environment is started afresh: only the stamp says that it is whole.
@@ -55,6 +56,9 @@ bench: $(STAMP)
 
 matrix: $(STAMP)
 	$(RUN) -m benchmarks.matrix
+
+zoo: $(STAMP)
+	-$(BIN)/upscale zoo --out benchmarks/out/coverage.csv --markdown docs/coverage.md
 
 results: $(STAMP)
 	$(RUN) -m benchmarks.results

@@ -1,11 +1,13 @@
-"""The table of timm models in ``src/upscale/zoo/timm_models.toml``: the smallest model of every timm module.
+"""The table of timm models in ``src/upscale/zoo/timm_models.json``: the smallest model of every timm module.
 
 ``python -m benchmarks.choose_timm`` builds every registered model on torch's meta device to count its parameters,
-then looks for the smallest image that the smallest one accepts. Run once per timm release; the table is data."""
+then looks for the smallest image that the smallest one accepts. Where that is one of timm's
+own test models, the smallest other one is listed too. Run once per timm release; the table is data."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import warnings
 from pathlib import Path
@@ -17,9 +19,9 @@ from . import ROOT  # puts the tests' folder on the path, for the next one
 
 from support import vision as _torchvision  # noqa: F401  isort: skip  (makes torchvision importable)
 
-TABLE = ROOT / "src" / "upscale" / "zoo" / "timm_models.toml"
-FREE_SIZES = (64, 96, 128)
-FIXED_SIZES = (128, 160, 192)
+TABLE = ROOT / "src" / "upscale" / "zoo" / "timm_models.json"
+FREE_SIZES = (64, 96, 128, 126)
+FIXED_SIZES = (128, 126, 160, 192)
 
 
 def parameters(name: str) -> int | None:
@@ -36,13 +38,14 @@ def parameters(name: str) -> int | None:
     return None
 
 
-def smallest(module: str) -> tuple[str, int] | None:
-    """The smallest model of a timm module, and its parameters."""
+def smallest(module: str) -> list[tuple[str, int]]:
+    """The smallest model of a timm module with its parameters, and the smallest that is no test model."""
     import timm
 
     counted = [(parameters(name), name) for name in timm.list_models(module=module)]
     known = sorted((count, name) for count, name in counted if count is not None)
-    return (known[0][1], known[0][0]) if known else None
+    real = [(count, name) for count, name in known if not name.startswith("test_")]
+    return [(name, count) for count, name in dict.fromkeys([*known[:1], *real[:1]])]
 
 
 def accepted(name: str) -> dict[str, Any]:
@@ -66,6 +69,12 @@ def accepted(name: str) -> dict[str, Any]:
     return {"channels": channels, "size": default, "kwargs": {}}
 
 
+def write(path: Path, version: str, models: list[dict[str, Any]]) -> None:
+    """One model a line."""
+    lines = ",\n".join(f"  {json.dumps(model)}" for model in models)
+    path.write_text(f'{{\n "timm": {json.dumps(version)},\n "models": [\n{lines}\n ]\n}}\n')
+
+
 def main() -> int:
     """Write the table."""
     import timm
@@ -75,32 +84,15 @@ def main() -> int:
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    lines = [
-        f"# The smallest model of every module of timm {timm.__version__}, with the smallest image it accepts.",
-        "# Written by `python -m benchmarks.choose_timm`; see there.",
-        f'timm = "{timm.__version__}"',
-    ]
+    models: list[dict[str, Any]] = []
     for module in timm.list_modules():
         found = smallest(module)
-        if found is None:
+        if not found:
             print(f"{module}: no model can be built", file=sys.stderr, flush=True)
-            continue
-        name, count = found
-        size = accepted(name)
-        kwargs = ", ".join(f"{key} = {value}" for key, value in size["kwargs"].items())
-        lines += [
-            "",
-            "[[model]]",
-            f'module = "{module}"',
-            f'name = "{name}"',
-            f"parameters = {count}",
-            f"channels = {size['channels']}",
-            f"size = {size['size']}",
-            f"kwargs = {{ {kwargs} }}" if kwargs else "kwargs = {}",
-        ]
-        print(f"{module:28} {name:40} {count / 1e6:8.2f} M  {size['size']} {size['kwargs']}", flush=True)
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text("\n".join(lines) + "\n")
+        for name, count in found:
+            models.append({"module": module, "name": name, "parameters": count, **accepted(name)})
+            print(models[-1], flush=True)
+        write(options.out, timm.__version__, models)
     return 0
 
 

@@ -327,11 +327,13 @@ def test_manager_constrained_grows_until_all_agree() -> None:
 @pytest.mark.parametrize("producer", [True, False])
 @pytest.mark.parametrize("consumer", [True, False])
 def test_manager_reorder_flags(producer: bool, consumer: bool) -> None:
-    """Whatever is reordered, the numbers stay."""
+    """Channels change their order only where both may; either way the numbers stay."""
     model = masked(kind="both")
     reference = copy.deepcopy(model)
     manager(model).compute(image(), reorder_producer=producer, reorder_consumer=consumer).prune()
     check_equal(reference, model, image())
+    layouts = [layout.positions for layout in model.report.plan.layouts.values()]
+    assert all(positions == tuple(sorted(positions)) for positions in layouts) is not (producer and consumer)
 
 
 def test_manager_trace() -> None:

@@ -46,10 +46,12 @@ def test_the_wheel_works_outside_the_checkout(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         archive.extractall(tmp_path / "site")
+        (scripts,) = (archive.read(name).decode() for name in names if name.endswith("entry_points.txt"))
     packages = {path.parent.relative_to(ROOT / "src").as_posix() for path in (ROOT / "src").rglob("__init__.py")}
     assert {name.rsplit("/", 1)[0] for name in names if name.endswith("__init__.py")} == packages
-    assert "upscale/py.typed" in names
+    assert {"upscale/py.typed", "upscale/zoo/timm_models.json"} <= set(names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert "upscale = upscale.cli:main" in scripts
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "PYTHONSAFEPATH": "1"}
     script = SCRIPT.format(folder=str(tmp_path / "site"))
     ran = subprocess.run(

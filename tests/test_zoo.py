@@ -25,12 +25,13 @@ from upscale.zoo.compare import DifferentError, relative_error, removed_share
 from upscale.zoo.inputs import InputsError, parse_inputs
 from upscale.zoo.markdown import document
 from upscale.zoo.process import Limits, run_job, worker_limit
+from upscale.zoo.randomise import randomise
 from upscale.zoo.rows import BadTableError, Row, Settings, merged, read_rows, write_rows
 from upscale.zoo.run import choose, left
-from upscale.zoo.subject import randomise
+from upscale.zoo.subject import Subject
 from upscale.zoo.suite_file import FileSuite
 from upscale.zoo.suites import SuiteError
-from upscale.zoo.worker import Job
+from upscale.zoo.worker import Job, examine
 
 TESTS = Path(__file__).resolve().parent
 IMAGE = "2x3x12x12"
@@ -38,6 +39,9 @@ MODELS = {
     "good": IMAGE,
     "Tagger": "tokens=int50:2x7 mask=ones:2x7",
     "Branching": IMAGE,
+    "silent": IMAGE,
+    "deaf": IMAGE,
+    "unmasked": IMAGE,
     "broken": IMAGE,
     "no_module": IMAGE,
     "sleeping": IMAGE,
@@ -79,20 +83,16 @@ def in_process(*arguments: object) -> int:
         signal.signal(signal.SIGTERM, before)
 
 
-def try_one(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch, limits: Limits | None = None) -> Row:
-    monkeypatch.syspath_prepend(str(TESTS))
-    limits = limits or Limits(timeout=100, memory_gb=4)
-    (trial,) = choose([str(suite(folder, name))], [], Settings(), limits)
-    return run_job(trial.job, trial.blank, limits)
-
-
-# -- one process ------------------------------------------------------------------------------------------------------
+# -- one model --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["good", "Tagger"])
 def test_a_model_that_works(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    row = try_one(tmp_path, name, monkeypatch)
+    monkeypatch.syspath_prepend(str(TESTS))
+    stages: list[str] = []
+    row = examine(Job(str(suite(tmp_path, name)), name, Settings(), 100), lambda row: stages.append(row.stage))
     assert row.good and row.reason == "" and row.stage == "", row
+    assert stages == ["build", "mask", "export", "measure", "compare"]
     assert row.error is not None and row.error <= 1e-10 and row.dtype == "float64"
     assert row.batches == "2 3"
     assert row.parameters_before and row.parameters_after and row.parameters_after < row.parameters_before
@@ -101,26 +101,43 @@ def test_a_model_that_works(name: str, tmp_path: Path, monkeypatch: pytest.Monke
     assert row.version == upscale.__version__ and row.peak_mb and row.reads
 
 
-FAILURES = [
-    ("broken", Limits(100, 4), "build", "RuntimeError: this model cannot be built (zoo_models.py:"),
-    ("no_module", Limits(100, 4), "build", "TypeError: support.zoo_models:no_module returned int"),
-    ("Branching", Limits(100, 4), "export", "CaptureError: "),
-    ("sleeping", Limits(7, 4), "build", "Timeout: more than 7 s"),
-    ("hungry", Limits(100, 1), "build", "OutOfMemory: more than 1 GB resident"),
-    ("crashing", Limits(100, 4), "build", "Crash: SIGSEGV"),
+ERRORS = [
+    ("broken", "build", "RuntimeError: this model cannot be built ("),
+    ("no_module", "build", "TypeError: support.zoo_models:no_module returned int"),
+    ("silent", "build", "UntestableError: no output"),
+    ("deaf", "build", "UntestableError: the output hardly depends on the input"),
+    ("unmasked", "mask", "NothingToPruneError: "),
+    ("Branching", "export", "CaptureError: "),
 ]
 
 
-@pytest.mark.parametrize(("name", "limits", "stage", "reason"), FAILURES, ids=[name for name, *_ in FAILURES])
-def test_a_model_that_fails_is_a_row(
-    name: str, limits: Limits, stage: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("name", "stage", "reason"), ERRORS, ids=[name for name, *_ in ERRORS])
+def test_a_model_that_raises_is_a_row(
+    name: str, stage: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.syspath_prepend(str(TESTS))
+    row = examine(Job(str(suite(tmp_path, name)), name, Settings(), 100))
+    assert row.exported == "no" and row.equal == "" and row.stage == stage, row
+    assert row.reason.startswith(reason) and "\n" not in row.reason, row.reason
+
+
+ENDS = [
+    ("sleeping", Limits(7, 4), "Timeout: more than 7 s"),
+    ("hungry", Limits(100, 1), "OutOfMemory: more than 1 GB resident"),
+    ("crashing", Limits(100, 4), "Crash: SIGSEGV"),
+]
+
+
+@pytest.mark.parametrize(("name", "limits", "reason"), ENDS, ids=[name for name, *_ in ENDS])
+def test_a_process_that_is_ended_is_a_row(
+    name: str, limits: Limits, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(TESTS))
+    (trial,) = choose([str(suite(tmp_path, name))], [], Settings(), limits)
     started = time.monotonic()
-    row = try_one(tmp_path, name, monkeypatch, limits)
-    assert row.exported == "no" and row.equal == "" and row.stage == stage
-    assert row.reason.startswith(reason), row.reason
-    assert "\n" not in row.reason and row.peak_mb
-    assert time.monotonic() - started < 60
+    row = run_job(trial.job, trial.blank, limits)
+    assert row.exported == "no" and row.stage == "build" and row.reason.startswith(reason), row
+    assert row.peak_mb and time.monotonic() - started < 60
 
 
 def test_a_worker_without_a_parent_ends_itself(tmp_path: Path) -> None:
@@ -145,7 +162,7 @@ def test_run_resume_and_markdown(
     assert "2 models: 1 exported, 1 equal" in capsys.readouterr().out
     rows = {row.model: row for row in read_rows(out)}
     assert rows["good"].good and rows["broken"].reason.startswith("RuntimeError")
-    assert "| mine | broken | no | build | RuntimeError: this model cannot be built" in page.read_text()
+    assert "| mine.csv | broken | no | build | RuntimeError: this model cannot be built" in page.read_text()
 
     before = out.read_bytes()
     assert in_process("zoo", "--suite", file, "--out", out) == 1
@@ -185,7 +202,7 @@ def test_ctrl_c_leaves_a_whole_table(tmp_path: Path) -> None:
 
 
 MISTAKES = [
-    (("zoo", "godo", "--suite", "mine.csv"), "no model 'godo' in mine: did you mean good?"),
+    (("zoo", "godo", "--suite", "mine.csv"), "no model 'godo' in mine.csv: did you mean good?"),
     (("zoo", "--suite", "nowhere.csv"), "no suite 'nowhere.csv'"),
     (("zoo", "--suite", "mine.csv", "--amount", "1"), "--amount must be more than 0 and less than 1"),
     (("zoo", "--suite", "mine.csv", "--side", "left"), "left"),
@@ -328,12 +345,25 @@ def test_relative_error_of_nested_results() -> None:
 
 
 def test_randomised_models_have_no_regular_parameters() -> None:
-    model = randomise(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.LayerNorm(4)))
-    for name, tensor in model.state_dict().items():
+    def made() -> Subject:
+        torch.manual_seed(0)
+        weak = nn.Conv2d(3, 4, 3)
+        nn.init.normal_(weak.weight, std=1e-4)
+        model = nn.Sequential(weak, nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.LayerNorm(16), nn.Linear(16, 2))
+        subject = Subject(model.eval(), (torch.randn(2, 3, 4, 4),))
+        randomise(subject)
+        return subject
+
+    subject = made()
+    for name, tensor in subject.model.state_dict().items():
         if tensor.is_floating_point():
             assert tensor.unique().numel() == tensor.numel(), name
-    again = randomise(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.LayerNorm(4)))
-    assert torch.equal(again[1].running_var, model[1].running_var)  # type: ignore[union-attr]
+    assert not any(module.training for module in subject.model.modules())
+    assert subject.model[1].momentum == 0.1  # type: ignore[index]
+    assert subject.model[0].weight.std() > 0.1  # type: ignore[index]
+    normed = subject.model[:2](*subject.args)  # type: ignore[index]
+    assert 0.2 < normed.std() < 5  # the statistics are near those of the example
+    assert torch.equal(subject.call(subject.model), made().call(made().model))
 
 
 # -- the suites that are built in -------------------------------------------------------------------------------------
@@ -365,4 +395,4 @@ def test_columns_of_the_table_are_documented_by_their_names(tmp_path: Path) -> N
     write_rows(path, [])
     with path.open() as file:
         header = next(csv.reader(file))
-    assert header[:7] == ["suite", "model", "exported", "equal", "error", "batches", "dtype"]
+    assert header[:6] == ["suite", "model", "exported", "equal", "error", "sensitivity"]

@@ -59,8 +59,14 @@ def interpret(
     tensors: Mapping[str, torch.Tensor],
     inputs: Sequence[torch.Tensor],
     watch: Callable[[fx.Node, Any], None] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Any, ...]:
-    """Run ``graph`` node by node; ``inputs`` are its placeholders in order. ``watch`` sees every value once."""
+    """Run ``graph`` node by node; ``inputs`` are its placeholders in order. ``watch`` sees every value once.
+    ``dtype`` takes the place of every floating type that the graph itself converts to."""
+
+    def converted(value: Any) -> Any:
+        return dtype if dtype and isinstance(value, torch.dtype) and value.is_floating_point else value
+
     last_use: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         for used in node.all_input_nodes:
@@ -78,6 +84,8 @@ def interpret(
         elif node.op == "call_function":
             args = fx.node.map_arg(node.args, values.__getitem__)
             kwargs = fx.node.map_arg(node.kwargs, values.__getitem__)
+            if dtype is not None:
+                args, kwargs = fx.node.map_aggregate(args, converted), fx.node.map_aggregate(kwargs, converted)
             values[node] = node.target(*args, **kwargs)
         elif node.op == "output":
             return tuple(fx.node.map_arg(node.args[0], values.__getitem__))

@@ -39,6 +39,28 @@ class Branching(nn.Module):
         return self.net(x) if bool(x.sum() > 0) else -self.net(x)
 
 
+class Silent(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 0
+
+
+def silent() -> nn.Module:
+    return Silent()
+
+
+class Deaf(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 1e-9 + 1
+
+
+def deaf() -> nn.Module:
+    return Deaf()
+
+
+def unmasked() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
+
+
 def broken() -> nn.Module:
     raise RuntimeError("this model cannot be built\nand this line is not shown")
 

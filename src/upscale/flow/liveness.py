@@ -254,7 +254,7 @@ class _Liveness:
             if node.op == "placeholder":
                 depends[node] = is_tensor(node)
                 continue
-            direct = node.all_input_nodes if flow.kind in ("opaque", "barrier") or not flow.links else ()
+            direct = () if flow.kind in ("select", "split") and flow.links else node.all_input_nodes
             sources = (*direct, *(link.operand for link in flow.links), *(n for n, _ in flow.whole))
             inputs = [n for n in sources if (node, n) not in self.replaced]
             answer = node in self.used and any(depends.get(n, False) for n in inputs)

@@ -77,6 +77,8 @@ class Tracker:
         merge = lab.merge_pattern(moved.positions, channels.size) if operand is ancestor else None
         if not isinstance(node.meta["val"].shape[moved.dim], int):
             return None  # merged with a dimension whose size may change, or picked by values: positions mean nothing
+        if merge is not None and not self._follows(effect, shape, channels.dim, merge):
+            merge = None
         if merge is not None and (merge == (1, 1) or channels.unit_count == channels.size):
             link = Link(operand if through is None else through, channels.dim, moved.positions)
             units = channels.units if merge == (1, 1) else moved.positions
@@ -86,6 +88,19 @@ class Tracker:
             units = renumber(channels.units[moved.positions])
             return FlowNode(node, "select", effect, Channels(channels.dim, units, channels.weak), (link,))
         return None
+
+    def _follows(self, effect: Movement, shape: tuple[int, ...], dim: int, merge: tuple[int, int]) -> bool:
+        """Whether the operator as it is does the same when a channel is gone; an index that lists them all does not."""
+        if effect.size_arg is not None or shape[dim] < 2:
+            return True  # sizes are rewritten
+        fewer = (*shape[:dim], shape[dim] - 1, *shape[dim + 1 :])
+        try:
+            moved = lab.summarise(effect.run(lab.channel_labels(fewer, dim)))
+        except (RuntimeError, IndexError, ValueError):
+            return False
+        if moved is None:
+            return fewer[dim] == 1
+        return lab.merge_pattern(moved.positions, fewer[dim]) == merge
 
     def _since(self, effect: Movement) -> lab.Run:
         """The movement from the ancestor on."""

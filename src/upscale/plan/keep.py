@@ -176,7 +176,18 @@ class _Decision:
 
     # -- result -------------------------------------------------------------------------------------------------
 
+    def _settle_lists(self) -> None:
+        """A list of tensors and what is picked from it stand in one order: no read parts them."""
+        for node, f in self.flow.nodes.items():
+            if f.kind != "list":
+                continue
+            together = {n for n in (node, *node.users) if n in self.base}
+            for members in (self.forced, self.ordered):
+                if together & members:
+                    members |= together
+
     def _result(self) -> Kept:
+        self._settle_lists()
         flags = np.zeros(len(self.ties.parent), dtype=bool)
         for n in self.stored:
             flags[self._slots(n, np.flatnonzero(self.flow.live[n]))] = True

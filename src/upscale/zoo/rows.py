@@ -35,6 +35,7 @@ class Row:
     exported: str = "no"
     equal: str = ""  # "yes" or "no", once compared
     error: float | None = None  # largest relative error against the masked model
+    sensitivity: float | None = None  # how much the output differs from one random input to another, relatively
     batches: str = ""  # batch sizes compared, "2 3"
     dtype: str = ""
     parameters_before: int | None = None

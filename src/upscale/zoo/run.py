@@ -6,7 +6,7 @@ import difflib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import upscale
@@ -14,7 +14,7 @@ import upscale
 from .process import Limits, run_job, worker_limit
 from .rows import Row, Settings, merged, read_rows, write_rows
 from .suites import Suite, load_suite
-from .worker import Job
+from .worker import Job, first_line
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,10 @@ class Run:
             if self._stop.is_set():
                 return None
             started(trial.job.model)
-            row = run_job(trial.job, trial.blank, self.limits, self._stop.is_set)
+            try:
+                row = run_job(trial.job, trial.blank, self.limits, self._stop.is_set)
+            except Exception as error:  # no process could be started, say: that too is a row
+                row = replace(trial.blank, reason=first_line(error))
             return None if self._stop.is_set() else row
 
         with ThreadPoolExecutor(self.jobs) as pool:

@@ -1,8 +1,7 @@
-"""A model under trial with an example call, its weights made random where a fresh model is too regular."""
+"""A model under trial with an example call."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -83,56 +82,3 @@ def rebatched(value: Any, batch: int, seed: int) -> Any:
         return torch.randint(low, high + 1, shape, generator=generator).to(tensor.dtype)
 
     return each_tensor(value, one)
-
-
-# -- random statistics ------------------------------------------------------------------------------------------------
-
-_TINY = 1e-3  # layer scales start at 1e-5 or so
-
-
-def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Give every statistic, affine parameter, bias and constant parameter of ``model`` a random value, in place.
-
-    In a freshly built network batch norms do nothing and biases are zero, so that a wrong constant would go unseen.
-    Other weights keep their initial values. Variances end up in [0.5, 2].
-    """
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for module in model.modules():
-            _randomise_statistics(module, generator)
-            norm = _is_norm(module)
-            for name, parameter in module.named_parameters(recurse=False):
-                if parameter.is_floating_point() and parameter.numel():
-                    _randomise_parameter(name, parameter, norm, generator)
-    return model
-
-
-def _is_norm(module: nn.Module) -> bool:
-    return "norm" in type(module).__name__.lower() and not any(True for _ in module.children())
-
-
-def _randomise_statistics(module: nn.Module, generator: torch.Generator) -> None:
-    for name, buffer in module.named_buffers(recurse=False):
-        if name == "running_mean":
-            _normal(buffer, 0.5, generator)
-        elif name == "running_var":
-            _uniform(buffer, 0.5, 2.0, generator)
-
-
-def _randomise_parameter(name: str, parameter: Tensor, norm: bool, generator: torch.Generator) -> None:
-    flat = bool((parameter == parameter.flatten()[0]).all())
-    flat = flat or (parameter.numel() > 1 and float(parameter.abs().max()) < _TINY)
-    if "bias" in name and parameter.ndim == 1:
-        _normal(parameter, 0.5 if norm else 0.3, generator)
-    elif flat and parameter.ndim == 2:  # a zeroed head, a table of position biases
-        _normal(parameter, 1 / math.sqrt(parameter.shape[1]), generator)
-    elif flat or (norm and parameter.ndim == 1):
-        _uniform(parameter, 0.5, 1.5, generator)
-
-
-def _normal(tensor: Tensor, scale: float, generator: torch.Generator) -> None:
-    tensor.copy_(torch.randn(tensor.shape, generator=generator, dtype=torch.float64) * scale)
-
-
-def _uniform(tensor: Tensor, low: float, high: float, generator: torch.Generator) -> None:
-    tensor.copy_(low + (high - low) * torch.rand(tensor.shape, generator=generator, dtype=torch.float64))

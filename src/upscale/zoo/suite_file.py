@@ -39,11 +39,11 @@ class _Entry:
 
 
 class FileSuite:
-    """The models of a file; the suite is called like the file."""
+    """The models of a file; the suite is called like the file, its ending included."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.name = path.stem
+        self.name = path.name
         self._entries = {entry.name: entry for entry in _read(path)}
 
     def names(self) -> Sequence[str]:

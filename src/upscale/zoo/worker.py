@@ -28,11 +28,13 @@ from upscale.report import Report
 
 from .compare import DifferentError, Masked, masked_count, relative_error, removed_share, tells
 from .precision import computes_in_less
+from .randomise import randomise
 from .rows import MIXED, TOLERANCE, Row, Settings
-from .subject import Subject, batch_of, randomise, rebatched
+from .subject import Subject, batch_of, rebatched
 from .suites import load_suite
 
 _ZOO = Path(__file__).resolve().parent
+SENSITIVITY = 1e-6  # least relative change of the output from one random input to another
 FLOAT64_LIMIT = 60_000_000  # parameters
 
 
@@ -106,14 +108,24 @@ def build(builder: Callable[[], Subject], settings: Settings, row: Row) -> Subje
         row.dtype = "float32"
         subject = _prepared(builder(), row.dtype, settings)
         output = subject.call(subject.model)
+    _check_it_tells(subject, output, row)
+    return subject
+
+
+def _check_it_tells(subject: Subject, output: Any, row: Row) -> None:
+    """Equality says nothing where the output is nothing, or is the same whatever the input."""
     if not tells(output):
         raise UntestableError("no output of the model is a finite float tensor other than zero")
-    return subject
+    inputs = rebatched(subject.inputs, batch_of(subject.inputs), seed=3)
+    row.sensitivity = float(f"{relative_error(output, subject.call(subject.model, inputs)):.2g}")
+    if row.sensitivity < SENSITIVITY:
+        raise UntestableError(f"the output hardly depends on the input: it varies by {row.sensitivity:.0e}")
 
 
 def _prepared(subject: Subject, dtype: str, settings: Settings) -> Subject:
     subject = subject.to(getattr(torch, dtype))
-    randomise(subject.model.eval(), settings.seed)
+    subject.model.eval()
+    randomise(subject, settings.seed)
     return subject
 
 
