@@ -20,7 +20,7 @@ from benchmarks.fuzz.build import BATCHES, Builder, Reject, make_inputs, rebuild
 from benchmarks.fuzz.catalogue import CATALOGUE
 from benchmarks.fuzz.generate import FAMILIES, draw
 from benchmarks.fuzz.graph import Graph, Input, Step, Zero, needed
-from benchmarks.fuzz.judge import judge
+from benchmarks.fuzz.judge import judge, judge_more
 from benchmarks.fuzz.script import standalone
 from benchmarks.fuzz.session import Session
 from benchmarks.fuzz.shrink import Shrinker
