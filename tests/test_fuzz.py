@@ -20,10 +20,12 @@ from benchmarks.fuzz.build import BATCHES, Builder, Reject, make_inputs, rebuild
 from benchmarks.fuzz.catalogue import CATALOGUE
 from benchmarks.fuzz.generate import FAMILIES, draw
 from benchmarks.fuzz.graph import Graph, Input, Step, Zero, needed
-from benchmarks.fuzz.judge import BAD, GOOD, judge
-from benchmarks.fuzz.session import Session, standalone
+from benchmarks.fuzz.judge import judge, judge_more
+from benchmarks.fuzz.script import standalone
+from benchmarks.fuzz.session import Session
 from benchmarks.fuzz.shrink import Shrinker
 from benchmarks.fuzz.source import instance, network
+from benchmarks.fuzz.verdict import BAD, GOOD
 
 EXPORT = upscale.export
 INPUTS = (
@@ -127,6 +129,14 @@ def test_a_short_run(tmp_path: Path) -> None:
             runpy.run_path(str(failure.path))
 
 
+def test_further_masks_agree_with_the_public_call() -> None:
+    """A network captured once and masked anew is judged as the whole export judges it."""
+    judged = list(judge_more(chain(), 5))
+    assert len(judged) == 5 and len({graph.zeros for graph, _ in judged}) > 1
+    for graph, verdict in judged:
+        assert not verdict.failed and judge(graph).outcome == verdict.outcome
+
+
 # -- planted faults ---------------------------------------------------------------------------------------------------
 
 
@@ -154,7 +164,8 @@ def test_a_planted_fault_is_found_shrunk_and_repeated(monkeypatch: pytest.Monkey
     assert len(small.zeros) <= 1 and small.batch == 2
     script = tmp_path / "failure.py"
     script.write_text(standalone(small, judge(small), 3))
-    assert "support" not in script.read_text() and "benchmarks" not in script.read_text().split('"""')[2]
+    code = [line for line in script.read_text().splitlines() if not line.startswith("#")]
+    assert not any("support" in line or "benchmarks" in line for line in code)
     with pytest.raises(AssertionError, match="relative error"):
         runpy.run_path(str(script))
     monkeypatch.setattr(upscale, "export", EXPORT)
