@@ -192,3 +192,13 @@ def test_rounding_inside_a_float64_model_is_no_fault() -> None:
     pruned = upscale.export(net, (values(2, 8),))
     assert pruned.report.error <= 1e-10  # compared in float64 throughout
     assert pruned.c.in_features == 21
+
+
+def test_a_weight_used_without_its_bias_stays_without() -> None:
+    net = Net(
+        lambda net, x: F.conv2d(torch.relu(net.a(x)), net.b.weight, None, 1, 1),
+        a=nn.Conv2d(3, 4, 1),
+        b=nn.Conv2d(4, 2, 2),
+    )
+    pruned = exported(net, values(2, 3, 4, 4), {"b.weight": [2]})
+    assert "b.bias" not in pruned.state_dict() and pruned.a.out_channels == 3
