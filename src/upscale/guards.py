@@ -89,7 +89,10 @@ class Size:
         """Evaluate with numbers or integer tensors for the sizes."""
         if self.op is None:
             return sizes[(self.leaf, self.dim)]
-        return self.op(*(a.value(sizes) if isinstance(a, Size) else a for a in self.args))
+        values = [a.value(sizes) if isinstance(a, Size) else a for a in self.args]
+        if self.op in (operator.mod, operator.floordiv) and isinstance(values[1], torch.Tensor):
+            values[1] = torch.where(values[1] == 0, 1, values[1])  # among many sizes tried at once, one may give zero
+        return self.op(*values)
 
 
 @dataclass(frozen=True)
