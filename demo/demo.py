@@ -121,7 +121,11 @@ def compare(models: dict[str, nn.Module], data: Digits, runs: int) -> Table:
     """Accuracy, size, arithmetic, bytes copied and latency of each model, in a table."""
     one = data.test_images[:1]
     milliseconds = measure.latency(models, one, runs=runs, warmup=10)
-    table = Table(title="Digits, 450 test images; latency: one thread, batch 1")
+    table = Table(
+        title="Digits, 450 test images; latency: one thread, batch 1",
+        caption="The exports compute what the masked model computes; they differ in how layers read their channels: "
+        "channel by channel (baseline), by index (gather), in an order that makes most reads slices (auto).",
+    )
     for heading in ("model", "accuracy %", "parameters", "MFLOPs", "copied kB", "latency ms"):
         table.add_column(heading, justify="left" if heading == "model" else "right")
     for name, model in models.items():
@@ -149,7 +153,7 @@ def layout(dense: nn.Module, exported: nn.Module) -> list[int]:
     return [before.index(value) for value in after]
 
 
-def draw(masked: dict[str, Tensor], dense: nn.Module, exported: nn.Module, path: Path) -> None:
+def draw(masked: dict[str, Tensor], dense: nn.Module, exported: torch.fx.GraphModule, path: Path) -> None:
     """Who reads which channel of the first stage's tensor, before and after; and every layer's channels."""
     import matplotlib
 
@@ -162,15 +166,21 @@ def draw(masked: dict[str, Tensor], dense: nn.Module, exported: nn.Module, path:
         reads[row, masked[name]] = 0
     order = layout(dense, exported)
     figure, axes = pyplot.subplots(3, 1, figsize=(11, 9), height_ratios=(1, 1, 1.6), layout="constrained")
+    kinds = {row.name: row.read for row in exported.report.layers}
     matrices = (
-        ("Before: every reader keeps its own channels (blue) of the first stage's tensor", reads),
-        ("After: the same reads in the exported order", reads[:, order]),
+        ("Before: every reader keeps its own channels (blue) of the first stage's tensor", readers, reads),
+        (
+            "After: the same reads in the exported order; in brackets how the exported layer reads its channels",
+            [f"{name} ({kinds[name]})" for name in readers],
+            reads[:, order],
+        ),
     )
-    for axis, (title, matrix) in zip(axes, matrices, strict=False):
+    for axis, (title, labels, matrix) in zip(axes, matrices, strict=False):
         blank = torch.full((len(readers), reads.shape[1] - matrix.shape[1]), float("nan"))
         picture = torch.cat([matrix, blank], 1).numpy()
         axis.imshow(picture, aspect="auto", cmap="Blues", vmin=-0.1, vmax=1.4, interpolation="nearest")
-        axis.set_yticks(range(len(readers)), readers)
+        axis.set_yticks(range(len(readers)), labels)
+        axis.set_xlabel("place of the channel in the tensor")
         axis.set_title(title)
     before, after = convolutions(dense), convolutions(exported)
     names = list(before)

@@ -83,6 +83,12 @@ def test_wrong_arguments(args: tuple[Any, ...], kwargs: dict[str, Any] | None, i
     refuses(errors.InputError, lambda: upscale.export(model, args, kwargs, inplace=inplace), model)
 
 
+def test_keyword_inputs_given_as_positional_ones() -> None:
+    """The message says where they belong."""
+    model = masked()
+    refuses(errors.InputError, lambda: upscale.export(model, {"x": image()}), model, "dict", "kwargs")
+
+
 def test_wrong_dtype_of_the_example() -> None:
     """A float32 image for a float64 model."""
     model = masked()

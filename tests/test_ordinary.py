@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 import os
 import pickle
@@ -79,8 +80,15 @@ def test_code_and_report_are_readable(pair: tuple[nn.Module, torch.fx.GraphModul
     assert "self.conv1" in pruned.code or "self.L__self___conv1" not in pruned.code
     assert "layer1" in pruned.code and "def forward(self, x" in pruned.code
     report = str(pruned.report)
-    assert "layer1.0.conv1" in report and "parameters" in report
+    assert "layer1.0.conv1" in report and "parameters" in report and "whole (the tensor as it is)" in report
     assert parameter_count(pruned) < parameter_count(SmallResNet())
+    rows = tuple(dataclasses.replace(r, name=f"a.very.long.path.to.{r.name}") for r in pruned.report.layers)
+    barrier = ("x (Y, y.py:1: z)", "aten.view.default", "because")
+    longer = dataclasses.replace(pruned.report, layers=rows, barriers=(barrier, barrier), notes=("word " * 60,))
+    text = str(longer)
+    assert all(row.name in text for row in rows), "a name was broken over two lines"
+    assert text.count("because") == 1 and "because (2 times)" in text and "word " * 59 in text
+    assert max(map(len, longer.render(width=90).splitlines())) <= 90
 
 
 def test_train_and_eval_switch_norm_and_dropout(pair: tuple[nn.Module, torch.fx.GraphModule]) -> None:

@@ -22,8 +22,8 @@ from rich.table import Table
 
 from .. import ROOT
 from .generate import FAMILIES
-from .judge import BAD, GOOD, Verdict
 from .session import Session
+from .verdict import BAD, GOOD, Verdict
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="seed of the first example (default 0)")
     parser.add_argument("--count", type=int, help="stop after so many examples")
     parser.add_argument("--longest", type=int, default=10, help="steps of the longest networks (default 10)")
+    parser.add_argument("--masks", type=int, default=4, help="further masks of each network, captured once (default 4)")
     parser.add_argument("--limit", type=float, default=30, help="seconds after which an example hangs (default 30)")
     parser.add_argument("--shrink", type=float, default=60, help="seconds for shrinking one failure (default 60)")
     parser.add_argument("--folder", type=Path, default=ROOT / "fuzz-failures", help="where the scripts go")
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(file=sys.stdout)  # this very file: judging redirects what torch prints
     if not console.is_terminal:
         console = Console(file=sys.stdout, width=200)
-    session = Session(chosen.folder, chosen.limit, chosen.shrink, chosen.longest)
+    session = Session(chosen.folder, chosen.limit, chosen.shrink, chosen.longest, chosen.masks)
     seeds = itertools.count(chosen.seed) if chosen.count is None else range(chosen.seed, chosen.seed + chosen.count)
     _run(session, seeds, chosen.seconds, console)
     _report(session, console)
@@ -56,7 +57,8 @@ def _run(session: Session, seeds: Sequence[int] | itertools.count[int], seconds:
 
         def tell(seed: int, verdict: Verdict) -> None:
             # A loop inside a C function hears no signal: the process then ends with a traceback.
-            faulthandler.dump_traceback_later(session.limit * 10 + session.shrink_seconds * 2, exit=True)
+            patience = session.limit * 10 + session.shrink_seconds * 2
+            faulthandler.dump_traceback_later(patience, exit=True, file=sys.__stderr__)
             done = sum(session.outcomes.values())
             text = f"seed {seed}: {done} examples, {len(session.failures)} distinct failures"
             progress.update(task, description=text, completed=progress.tasks[0].elapsed or 0)

@@ -39,7 +39,8 @@ def _computed(name: str, model: nn.Module) -> bool:
     """Whether a weight was computed from others (weight norm, pruning, standardisation) and is stored as one now."""
     owner, _, leaf = name.rpartition(".")
     keys = model.state_dict()
-    related = (f"{owner}.{leaf}_orig", f"{owner}.{leaf}_g", f"{owner}.parametrizations.{leaf}.original0")
+    owned = f"{owner}.parametrizations.{leaf}.original"
+    related = (f"{owner}.{leaf}_orig", f"{owner}.{leaf}_g", owned, f"{owned}0")
     return any(key in keys for key in related) or "." not in name or name not in keys and owner not in _paths(model)
 
 
@@ -47,23 +48,27 @@ def _paths(model: nn.Module) -> set[str]:
     return {path for path, _ in model.named_modules()}
 
 
-def other_sizes(graph: Graph, model: nn.Module, pruned: nn.Module, equal: Equal) -> str:
-    """Fed with another height or length, the exported model must refuse or be right."""
-    inputs = []
+def other_sizes(graph: Graph) -> list[Input]:
+    """The inputs with another height, length or number of tokens."""
+    made = []
     for item in graph.inputs:
-        grow = bool(item.dims) and (len(item.dims) > 1 or item.vocabulary > 0)
-        last = len(item.dims) - (2 if len(item.dims) == 2 and not item.vocabulary else 1)
-        dims = tuple(n + 2 * (grow and i == last) for i, n in enumerate(item.dims))
-        inputs.append(Input(item.name, dims, item.vocabulary))
-    tensors = make_inputs(inputs, graph.batch, graph.seed + 102)
+        dims = list(item.dims)
+        if len(dims) == 2 and not item.vocabulary:
+            dims[0] += 2
+        elif len(dims) > 2 or item.vocabulary:
+            dims[-1] += 2
+        made.append(Input(item.name, tuple(dims), item.vocabulary))
+    return made
+
+
+def unguarded(graph: Graph, model: nn.Module, pruned: nn.Module, equal: Equal) -> str:
+    """Fed with other sizes, the exported model must refuse or be right; what is wrong, "" if nothing is."""
+    tensors = make_inputs(other_sizes(graph), graph.batch, graph.seed + 102)
     try:
         model(*(x.clone() for x in tensors))
         pruned(*(x.clone() for x in tensors))
     except Exception:
         return ""
     fault = equal(model, pruned, tensors)
-    return (
-        f"unguarded: at sizes {[tuple(x.shape) for x in tensors]} (another than the example's): {fault}"
-        if fault
-        else ""
-    )
+    sizes = [tuple(x.shape) for x in tensors]
+    return f"unguarded: at sizes {sizes}, others than the example's: {fault}" if fault else ""

@@ -25,6 +25,7 @@ def draw(seed: int, longest: int = 10) -> Graph:
             inputs=_inputs(rng),
             form=rng.choice(("tensor", "tensor", "tuple", "list", "dict")),
             batch=rng.choice((1, 2, 2, 3)),
+            spatial=rng.random() < 0.06,
             reads=rng.choice(
                 (("auto",), ("auto",), ("auto",), ("gather",), ("baseline",), ("auto", "gather", "baseline"))
             ),

@@ -50,7 +50,7 @@ class Graph:
     batch: int = 2
     other: int = 3  # the second batch size that is compared
     reads: tuple[str, ...] = ("auto",)
-    spatial: bool = False
+    spatial: bool = False  # height, width and depth are left free too
 
     def with_steps(self, steps: Iterable[Step], outputs: Iterable[str] | None = None) -> Graph:
         """The same example with other steps and, where given, other outputs."""

@@ -1,97 +1,20 @@
-"""Exports one example and compares: what came of it, and whether that is a failure."""
+"""Judges an example: builds it, exports it, compares. Further masks of the same network are judged on one capture."""
 
 from __future__ import annotations
 
-import contextlib
-import io
-import signal
-import traceback
-import types
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+import random
+from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
-from torch import nn
 
-import upscale
-
-from .. import ROOT  # puts the tests' folder on the path, for the next line
-from .build import Reject, make_inputs, rebuild
+from .build import Reject, rebuild
+from .case import CapturedCase, Case
 from .catalogue import CATALOGUE
-from .extras import ordinary, other_sizes
 from .graph import Graph
-from .source import instance, network
-
-from support.oracle import fingerprint, leaves, parameter_count, relative_error  # isort: skip
-
-TOLERANCE = 1e-10
-REFUSALS = (upscale.NothingToPruneError, upscale.ConstantOutputError)
-GOOD = (
-    "invalid",
-    "not finite",
-    "smaller",
-    "same size",
-    "nothing to prune",
-    "constant output",
-    "torch cannot export",
-    "unstable",
-)
-#: Failures, most serious first.
-BAD = (
-    "wrong, verified",
-    "wrong",
-    "model changed",
-    "hang",
-    "false alarm",
-    "exception",
-    "refused",
-    "more parameters",
-    "not ordinary",
-    "fuzzer error",
-)
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What came of one example. ``mark`` tells failures apart: the same fault gives the same mark."""
-
-    outcome: str
-    mark: str = ""
-    detail: str = ""
-    notes: tuple[str, ...] = ()
-
-    @property
-    def failed(self) -> bool:
-        """Whether this must not happen."""
-        return self.outcome in BAD
-
-    def like(self, other: Verdict) -> bool:
-        """The same kind of failure at the same place."""
-        return (self.outcome, self.mark) == (other.outcome, other.mark)
-
-
-class _Hang(BaseException):
-    """The time limit, raised through any ``except Exception``."""
-
-
-@contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """Raise in this thread after so many seconds."""
-
-    def ring(_signal: int, _frame: types.FrameType | None) -> None:
-        raise _Hang
-
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+from .source import network
+from .verdict import Hang, Verdict, place_of, quiet, time_limit
+from .zeros import Masker
 
 
 def judge(graph: Graph, limit: float = 30.0) -> Verdict:
@@ -99,261 +22,27 @@ def judge(graph: Graph, limit: float = 30.0) -> Verdict:
     builder, graph = rebuild(graph, CATALOGUE)
     source = network(builder, graph)
     try:
-        with time_limit(limit), _quiet(), torch.no_grad():
-            return _Case(graph, source).examine()
-    except _Hang as error:
-        return Verdict("hang", _place(error), f"more than {limit:g} seconds, in {_place(error)}")
+        with time_limit(limit), quiet(), torch.no_grad():
+            return Case(graph, source).examine()
+    except Hang as error:
+        return Verdict("hang", place_of(error), f"more than {limit:g} seconds, in {place_of(error)}")
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Neither warnings nor what torch prints of graphs that it cannot capture."""
-    with (
-        warnings.catch_warnings(),
-        contextlib.redirect_stdout(io.StringIO()),
-        contextlib.redirect_stderr(io.StringIO()),
-    ):
-        warnings.simplefilter("ignore")
-        yield
-
-
-class _Case:
-    """One masked model and its exports."""
-
-    def __init__(self, graph: Graph, source: str) -> None:
-        self.graph, self.source = graph, source
-        self.model = self.fresh()
-        self.example = make_inputs(graph.inputs, graph.batch, graph.seed + 100)
-        self.other = make_inputs(graph.inputs, graph.other, graph.seed + 101)
-        try:  # a batch norm that wants two values per channel does not run on one
-            self.model(*copied(self.example))
-            self.model(*copied(self.other))
-        except Exception as error:
-            raise Reject(str(error)) from error
-
-    def fresh(self) -> nn.Module:
-        """The masked model once more."""
-        return instance(self.source, self.graph.seed, self.graph.zeros)
-
-    def examine(self) -> Verdict:
-        """The verdict."""
-        before = fingerprint(self.model)
-        smaller = False
-        notes: tuple[str, ...] = ()
-        for reads in self.graph.reads:
-            try:
-                pruned = upscale.export(
-                    self.model,
-                    tuple(copied(self.example)),
-                    reads=reads,
-                    verify=False,  # type: ignore[arg-type]
-                )
-            except Exception as error:
-                return self._raised(error, reads)
-            finally:
-                changed = fingerprint(self.model) != before
-            if changed:
-                return Verdict("model changed", "", _difference(before, fingerprint(self.model)))
-            notes = pruned.report.notes  # type: ignore[union-attr,assignment]
-            fault = self._compare(pruned, reads, notes)
-            if fault is not None:
-                return fault
-            sizes = parameter_count(self.model), parameter_count(pruned)
-            if sizes[1] > sizes[0]:
-                return Verdict("more parameters", "", f"reads={reads}: {sizes[0]} parameters became {sizes[1]}", notes)
-            smaller = smaller or sizes[1] < sizes[0]
-            fault = self._others(pruned, reads, notes)
-            if fault is not None:
-                return fault
-        return Verdict("smaller" if smaller else "same size", notes=notes)
-
-    def _others(self, pruned: nn.Module, reads: str, notes: tuple[str, ...]) -> Verdict | None:
-        """What else can be wrong; the dearer checks for some seeds only."""
-        fault = other_sizes(self.graph, self.model, pruned, self._differ)
-        if fault:
-            return None if self._unstable() else Verdict("wrong", "at another size", fault, notes)
-        if self.graph.seed % 8 == 1:
-            fault = ordinary(self.model, pruned, self.example, self._differ)
-            if fault:
-                return None if self._unstable() else Verdict("not ordinary", fault.split(":")[0], fault, notes)
-        if self.graph.seed % 8 == 0:
-            try:
-                self._export_verified(reads)
-            except upscale.VerificationError as error:
-                return None if self._unstable() else Verdict("false alarm", "", str(error), notes)
-            except Exception as error:
-                return Verdict("exception", f"verification: {_mark(error)}", _text(error), notes)
-        return None
-
-    def _differ(self, one: nn.Module, two: nn.Module, inputs: Sequence[torch.Tensor]) -> str:
-        """How two modules differ on the same inputs; "" if they do not."""
+def judge_more(graph: Graph, count: int, limit: float = 30.0) -> Iterator[tuple[Graph, Verdict]]:
+    """The same network with ``count`` other masks. Failures are found by the parts of the library, not by its public
+    call: judge them again."""
+    builder, graph = rebuild(replace(graph, zeros=()), CATALOGUE)
+    rng = random.Random(graph.seed + 1)
+    case = None
+    for _ in range(count):
+        masked = replace(graph, zeros=Masker(builder, rng).draw(), reads=(rng.choice(("auto", "gather", "baseline")),))
         try:
-            error = relative_error(one(*copied(inputs)), two(*copied(inputs)))
-        except AssertionError as difference:
-            return str(difference)
-        return f"relative error {error:.2e}" if error > TOLERANCE else ""
-
-    def _export_verified(self, reads: str) -> None:
-        upscale.export(self.fresh(), tuple(copied(self.example)), reads=reads)  # type: ignore[arg-type]
-
-    # -- numbers ------------------------------------------------------------------------------------------------------
-
-    def _compare(self, pruned: nn.Module, reads: str, notes: tuple[str, ...]) -> Verdict | None:
-        """None, or what is wrong with the numbers."""
-        fixed = any("batch size specialised" in note for note in notes)
-        for inputs in (self.example,) if fixed else (self.example, self.other):
-            try:
-                expected = self.model(*copied(inputs))
-                actual = pruned(*copied(inputs))
-            except Exception as error:
-                mark = _mark(error)
-                if "was captured with size" in str(error) and self._torch_fixes_batch():
-                    return Verdict("batch fixed by torch", notes=notes)
-                return Verdict("exception", f"emitted: {mark}", f"the exported model fails: {_text(error)}", notes)
-            try:
-                error_ = relative_error(expected, actual)
-                what = f"relative error {error_:.2e}"
-            except AssertionError as difference:
-                error_, what = float("inf"), str(difference)
-            if error_ > TOLERANCE:
-                if self._unstable():
-                    return Verdict("unstable", detail=what)
-                return self._wrong(f"reads={reads}, batch {len(inputs[0])}: {what}", reads, notes)
-        return None
-
-    def _wrong(self, what: str, reads: str, notes: tuple[str, ...]) -> Verdict:
-        try:
-            self._export_verified(reads)
-        except upscale.VerificationError as error:
-            place = str(error).split("The first result that differs is that of ")[-1].split(" (")[0]
-            return Verdict("wrong", "", f"{what}; verification sees it: {place}", notes)
-        except Exception as error:
-            return Verdict("wrong", "", f"{what}; verification fails: {_text(error)}", notes)
-        return Verdict("wrong, verified", "", f"{what}; verification does NOT see it", notes)
-
-    def _unstable(self) -> bool:
-        """Whether rounding alone changes the masked model's outputs by more than is allowed: nothing can be said."""
-        inputs = self.other
-        expected = self.model(*copied(inputs))
-        for trial in range(6):
-            model = self.fresh()
-            generator = torch.Generator().manual_seed(trial)
-            for parameter in model.parameters():
-                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-                parameter.add_(noise * (parameter.abs() + 0.1) * 1e-15)
-            try:
-                if relative_error(expected, model(*copied(inputs))) > TOLERANCE / 2:
-                    return True
-            except AssertionError:
-                return True
-        return False
-
-    # -- exceptions ---------------------------------------------------------------------------------------------------
-
-    def _raised(self, error: Exception, reads: str) -> Verdict:
-        """Refusals that are justified, and everything else."""
-        if isinstance(error, upscale.NothingToPruneError):
-            removable = self._removable()
-            if not removable:
-                return Verdict("nothing to prune")
-            return Verdict("refused", "NothingToPruneError", f"nothing to prune, yet {removable}: {_text(error)}")
-        if isinstance(error, upscale.ConstantOutputError):
-            if not self._varies():
-                return Verdict("constant output")
-            return Verdict("refused", "ConstantOutputError", f"the output does vary: {_text(error)}")
-        if isinstance(error, upscale.NonFiniteError) and not self._finite():
-            return Verdict("not finite")
-        if isinstance(error, upscale.CaptureError) and not self._torch_exports():
-            return Verdict("torch cannot export", detail=_text(error))
-        outcome = "refused" if isinstance(error, upscale.UpscaleError) else "exception"
-        return Verdict(outcome, _mark(error), f"reads={reads}: {_text(error)}")
-
-    def _finite(self) -> bool:
-        """Whether the masked model computes numbers: a weight norm of a zero filter gives none."""
-        output = self.model(*copied(self.example))
-        return all(bool(t.isfinite().all()) for _, t in leaves(output) if isinstance(t, torch.Tensor))
-
-    def _torch_exported(self) -> nn.Module:
-        shapes = tuple({0: torch.export.Dim.AUTO} for _ in self.example)
-        example = tuple(copied(self.example if self.graph.batch > 1 else self.other))
-        return torch.export.export(self.fresh(), example, dynamic_shapes=shapes, strict=False).module()
-
-    def _torch_exports(self) -> bool:
-        try:
-            self._torch_exported()
-        except Exception:
-            return False
-        return True
-
-    def _torch_fixes_batch(self) -> bool:
-        """Whether ``torch.export`` on its own takes no other batch size either."""
-        model = self._torch_exported()
-        try:
-            for batch in (2, 3, 5):
-                model(*make_inputs(self.graph.inputs, batch, 0))
-        except Exception:
-            return True
-        return False
-
-    def _varies(self) -> bool:
-        """Whether any output depends on any input."""
-        first = self.model(*copied(self.other))
-        for trial in range(4):
-            inputs = make_inputs(self.graph.inputs, self.graph.other, self.graph.seed + 200 + trial)
-            inputs = [x * 10.0**trial if x.is_floating_point() else x for x in inputs]
-            try:
-                if relative_error(first, self.model(*inputs)) > 1e-9:
-                    return True
-            except AssertionError:
-                return True
-        return False
-
-    def _removable(self) -> str:
-        """A zero input channel that can surely be removed: of an ungrouped layer that does not read a model input."""
-        given = {x.untyped_storage().data_ptr() for x in self.example}
-        found: list[str] = []
-
-        def note(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            weight, kind = module.weight, type(module).__name__
-            if args[0].untyped_storage().data_ptr() in given or getattr(module, "groups", 1) > 1:
-                return
-            dim = 0 if "Transpose" in kind else 1
-            if bool((weight.transpose(0, dim).flatten(1) == 0).all(1).any()):  # type: ignore[operator,union-attr]
-                found.append(kind)
-
-        kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-        handles = [m.register_forward_pre_hook(note) for m in self.model.modules() if isinstance(m, kinds)]
-        self.model(*self.example)
-        for handle in handles:
-            handle.remove()
-        return f"{found[0]} has a zero input channel" if found else ""
-
-
-def copied(inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Clones: a network may write into what it is given."""
-    return [x.clone() for x in inputs]
-
-
-def _text(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
-
-
-def _mark(error: BaseException) -> str:
-    """The kind of an exception and the innermost line of this library that it passed through."""
-    return f"{type(error).__name__} at {_place(error)}"
-
-
-def _place(error: BaseException) -> str:
-    own = str(Path(upscale.__file__).parent)
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename.startswith(own)]
-    if not frames:
-        frames = traceback.extract_tb(error.__traceback__)[-1:]
-    return f"{Path(frames[-1].filename).name}:{frames[-1].lineno} ({frames[-1].name})" if frames else "?"
-
-
-def _difference(before: dict[str, Any], after: dict[str, Any]) -> str:
-    return "changed: " + ", ".join(key for key in before if before[key] != after[key])
-
-
-Judge = Callable[[Graph], Verdict]
-__all__ = ["BAD", "GOOD", "ROOT", "Judge", "Verdict", "judge", "time_limit"]
+            with time_limit(limit), quiet(), torch.no_grad():
+                case = CapturedCase(graph, network(builder, graph)) if case is None else case
+                verdict = case.masked(masked.zeros, masked.reads[0])
+        except Hang as error:
+            verdict = Verdict("hang", place_of(error), f"more than {limit:g} seconds")
+        except Reject:
+            return
+        if verdict is not None:
+            yield masked, verdict

@@ -19,24 +19,52 @@ def _rows(head: int, dim: int, block: int = 0) -> list[int]:
     return list(range(block + head * dim, block + (head + 1) * dim))
 
 
-def _attend(b: Frame, q: str, k: str, v: str, dim: int, tokens: int) -> str:
-    """softmax(q k') v in one of its spellings; all are (B, H, N, D)."""
-    form = b.pick("core", ("sdpa", "matmul", "einsum", "baddbmm", "causal", "bias", "relu"))
+CORES = ("sdpa", "matmul", "einsum", "baddbmm", "causal", "bias", "relu", "mask", "relative", "rotary", "cosine")
+
+
+def _attend(b: Frame, q: str, k: str, v: str, sizes: tuple[int, int, int, int]) -> str:
+    """softmax(q k') v in one of its spellings; q is (B, H, N, D), k and v are (B, H, M, D)."""
+    heads, dim, n, m = sizes
+    form = b.pick("core", CORES)
     if form == "sdpa":
         return f"F.scaled_dot_product_attention({q}, {k}, {v})"
     if form == "causal":
         return f"F.scaled_dot_product_attention({q}, {k}, {v}, is_causal=True)"
     if form == "bias":
-        return f"F.scaled_dot_product_attention({q}, {k}, {v}, attn_mask={b.param(1, 1, tokens, tokens)})"
-    if form == "einsum":
-        scores = f'torch.einsum("bhid,bhjd->bhij", {q}, {k}) * {dim**-0.5}'
-        return f'torch.einsum("bhij,bhjd->bhid", ({scores}).softmax(-1), {v})'
+        return (
+            f"F.scaled_dot_product_attention({q}, {k}, {v}, attn_mask={b.param(1, b.pick('each', (1, heads)), n, m)})"
+        )
     if form == "relu":
-        return f"(F.relu({q} @ {k}.transpose(-2, -1)) / {tokens}) @ {v}"
+        return f"(F.relu({q} @ {k}.transpose(-2, -1)) / {m}) @ {v}"
+    if form == "rotary" and dim % 2 == 0:
+        q, k = _rotated(b, q, n, dim), _rotated(b, k, m, dim)
+    if form == "cosine":
+        q, k = f"F.normalize({q}, dim=-1, eps=1e-2)", f"F.normalize({k}, dim=-1, eps=1e-2)"
+    if form == "einsum":
+        scores = b.let(f'torch.einsum("bhid,bhjd->bhij", {q}, {k}) * {dim**-0.5}')
+        return f'torch.einsum("bhij,bhjd->bhid", {scores}.softmax(-1), {v})'
     scores = b.let(f"({q} * {dim**-0.5}) @ {k}.transpose(-2, -1)")
     if form == "baddbmm":
-        scores = f"{scores} + {b.param(1, tokens, tokens)}"
+        scores = f"{scores} + {b.param(heads, n, m)}"
+    elif form == "cosine":
+        scores = f"{scores} * {b.param(heads, 1, 1)}.exp()"
+    elif form == "mask":
+        upper = b.buffer(f"torch.ones({n}, {m}).triu(1).bool()")
+        scores = f'{scores}.masked_fill({upper}, float("-inf"))'
+    elif form == "relative":  # Swin: a table of one column per head, looked up by a buffer
+        index = b.buffer(f"(torch.arange({n})[:, None] - torch.arange({m}) + {m - 1}).flatten()")
+        scores = f"{scores} + {b.param(n + m - 1, heads)}[{index}].view({n}, {m}, {heads}).permute(2, 0, 1)"
     return f"torch.matmul(F.dropout(torch.softmax({scores}, dim=-1), 0.1, self.training), {v})"
+
+
+def _rotated(b: Frame, x: str, tokens: int, dim: int) -> str:
+    """Rotary position embedding."""
+    x = b.let(x)
+    angle = b.let(
+        f"torch.arange({tokens}, dtype={x}.dtype)[:, None] * torch.arange(1, {dim + 1}, dtype={x}.dtype) * 0.3"
+    )
+    half = dim // 2
+    return b.let(f"{x} * {angle}.cos() + torch.cat([-{x}[..., {half}:], {x}[..., :{half}]], -1) * {angle}.sin()")
 
 
 def _project(b: Frame, heads: int, dim: int, out: int, values: list[tuple[str, int]]) -> str:
@@ -71,7 +99,7 @@ def attention_fused(b: Frame) -> str:
         q, k, v = b.let(q), b.let(k), b.let(v)
     values = [(qkv, i * h * d) for i in range(3)] if form in ("reshape", "chunk", "split", "unbind_last") else []
     layer = _project(b, h, d, c, values)
-    out = b.let(_attend(b, q, k, v, d, n))
+    out = b.let(_attend(b, q, k, v, (h, d, n, n)))
     return _residual(b, x, f"{layer}({out}.transpose(1, 2).reshape(-1, {n}, {h * d}))")
 
 
@@ -102,8 +130,7 @@ def attention_apart(b: Frame) -> str:
     declared = [(query, 0), (key, 0), (value, 0)] if few == h and not bias else [(query, 0)]
     layer = _project(b, h, d, c, declared)
     if few == h or form != "enable_gqa":
-        b.need(n == m or b.step.choices.get("core") not in ("bias", "baddbmm"))
-        out = b.let(_attend(b, q, k, v, d, m))
+        out = b.let(_attend(b, q, k, v, (h, d, n, m)))
     return _residual(b, x, f"{layer}({out}.transpose(1, 2).flatten(2))")
 
 
@@ -149,7 +176,9 @@ def attention_single(b: Frame) -> str:
         return f"{x} + {b.module(f'nn.Conv2d({d}, {c}, 1)')}({out})"
     c = x.dims[1]
     q, k, v = (b.let(f"{b.module(f'nn.Linear({c}, {d})')}({x})") for _ in "qkv")
-    if b.flag("linear"):
+    if b.flag("fused"):
+        out = f"F.scaled_dot_product_attention({q}, {k}, {v})"
+    elif b.flag("linear"):
         out = f"F.softmax({q}, -1) @ (F.softmax({k}, 1).transpose(1, 2) @ {v})"
     else:
         out = f"torch.softmax({q} @ {k}.transpose(1, 2) / {d**0.5}, -1) @ {v}"
@@ -212,8 +241,23 @@ def recurrent(b: Frame) -> str:
     x = b.take(accept=lambda t: sequence(t) and t.dims[0] <= 12 and t.dims[1] <= 16)
     kind, hidden = b.pick("kind", ("GRU", "LSTM", "RNN")), b.pick("hidden", (2, 3, 4))
     options = b.pick("options", ("", ", bidirectional=True", ", num_layers=2"))
+    if b.flag("cell"):
+        return _cells(b, x, kind, hidden)
     call = f"{b.module(f'nn.{kind}({x.dims[1]}, {hidden}, batch_first=True{options})')}({x})"
     if b.flag("last"):
         state = f"{call}[1]" + ("[0]" if kind == "LSTM" else "")
         return f"{state}[-1]"
     return f"{call}[0]"
+
+
+def _cells(b: Frame, x: T, kind: str, hidden: int) -> str:
+    """A recurrent cell in a loop written out."""
+    cell = b.module(f"nn.{kind}Cell({x.dims[1]}, {hidden})")
+    state = b.let(f"{x}.new_zeros({x}.shape[0], {hidden})")
+    if kind == "LSTM":
+        state = b.let(f"({state}, {state})")
+    states = []
+    for step in range(min(3, x.dims[0])):
+        state = b.let(f"{cell}({x}[:, {step}], {state})")
+        states.append(f"{state}[0]" if kind == "LSTM" else state)
+    return f"torch.stack([{', '.join(states)}], 1)" if b.flag("all") else states[-1]

@@ -30,7 +30,9 @@ def _spatial(b: Frame, x: T) -> tuple[int, str]:
 
 def _wrapped(b: Frame, layer: str) -> str:
     """The layer as it is, or reparametrised."""
-    wrap = b.pick("wrap", ("", "", "", "", "", "", "weight_norm", "prune", "old_weight_norm"))
+    wrap = b.pick("wrap", ("", "", "", "", "", "", "weight_norm", "prune", "old_weight_norm", "spectral"))
+    if wrap == "spectral":
+        return f"nn.utils.parametrizations.spectral_norm({layer})"
     if wrap == "weight_norm":
         return f"nn.utils.parametrizations.weight_norm({layer})"
     if wrap == "old_weight_norm":

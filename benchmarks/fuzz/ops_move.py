@@ -21,7 +21,12 @@ def reorder(b: Frame) -> str:
     """Transpose or permute dimensions other than the batch."""
     x = b.take(accept=lambda t: t.rank >= 3)
     one, two = b.pick("one", list(range(1, x.rank))), b.pick("two", list(range(x.rank - 1, 0, -1)))
-    form = b.pick("f", ("transpose", "permute", "movedim", "swapaxes", "mT"))
+    form = b.pick("f", ("transpose", "permute", "movedim", "swapaxes", "mT", "rot90", "diagonal"))
+    if form == "rot90":
+        return f"{x}.rot90(1, ({one}, {two}))"
+    if form == "diagonal":
+        b.need(x.rank >= 4)
+        return f"{x}.diagonal(0, {one}, {two})"
     if form == "mT":
         return f"{x}.mT.contiguous()"
     if form == "permute":
@@ -96,8 +101,12 @@ def parts(b: Frame) -> list[str]:
     x = b.take()
     dim = _axis(b, x)
     n = x.shape[dim]
+    form = b.pick("f", ("chunk", "split", "split_list", "unbind", "tensor_split", "one"))
+    if form == "one":
+        return b.unpack(
+            f"{x}{b.pick('whole', (f'.split([{n}], {dim})', f'.chunk(1, {dim})', f'.split({n}, {dim})'))}", 1
+        )
     b.need(n >= 2)
-    form = b.pick("f", ("chunk", "split", "split_list", "unbind", "tensor_split"))
     if form == "chunk":
         return b.unpack(f"{x}.chunk(2, dim={dim})", 2)
     if form == "split":
@@ -118,9 +127,7 @@ def select(b: Frame) -> str:
     x = b.take()
     dim = _axis(b, x)
     n = x.shape[dim]
-    form = b.pick(
-        "f", ("slice", "stride", "narrow", "select", "list", "index_select", "flip", "roll", "mask", "ellipsis")
-    )
+    form = b.pick("f", ("slice", "stride", "narrow", "select", "list", "index_select", "flip", "roll", "ellipsis"))
     start = b.pick("start", list(range(n)))
     stop = b.pick("stop", list(range(n, start, -1)))
     if form == "slice":
@@ -141,11 +148,17 @@ def select(b: Frame) -> str:
     order = [(start + 2 * i) % n for i in range(b.pick("count", list(range(1, n + 2))))]
     if form == "list":
         return f"{x}{_at(x.rank, dim, str(order))}"
-    if form == "mask":
-        keep = [i % 3 != start % 3 for i in range(n)]
-        b.need(any(keep))
-        return f"{x}{_at(x.rank, dim, b.buffer(f'torch.tensor({keep})'))}"
     return f"{x}.index_select({dim}, {b.buffer(f'torch.tensor({order})')})"
+
+
+@op("chunk, slice, index", 0.1)
+def boolean_index(b: Frame) -> str:
+    """An index by a boolean buffer: the size of the result depends on values."""
+    x = b.take()
+    dim = _axis(b, x)
+    keep = [i % 3 != b.step.number % 3 for i in range(x.shape[dim])]
+    b.need(any(keep))
+    return f"{x}{_at(x.rank, dim, b.buffer(f'torch.tensor({keep})'))}"
 
 
 @op("chunk, slice, index", 0.7)

@@ -9,13 +9,16 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .build import Reject, rebuild
-from .catalogue import CATALOGUE
+from .build import Reject
 from .generate import FAMILY_OF, draw
 from .graph import Graph
-from .judge import Verdict, judge
+from .judge import judge, judge_more
+from .script import standalone
 from .shrink import Shrinker
-from .source import script
+from .verdict import Verdict
+
+#: Outcomes after which the network can be captured once more, for further masks.
+CAPTURED = ("smaller", "same size", "nothing to prune", "constant output")
 
 
 @dataclass
@@ -37,6 +40,7 @@ class Session:
     limit: float = 30.0
     shrink_seconds: float = 60.0
     longest: int = 10
+    masks: int = 4  # further masks of every network that was exported
     outcomes: Counter[str] = field(default_factory=Counter)
     families: dict[str, Counter[str]] = field(default_factory=dict)
     notes: Counter[str] = field(default_factory=Counter)
@@ -54,13 +58,23 @@ class Session:
         """Judge the example of one seed."""
         graph = draw(seed, self.longest)
         verdict = self._judge(graph)
+        self._count(seed, graph, verdict)
+        if verdict.outcome in CAPTURED and not graph.spatial:
+            for masked, found in judge_more(graph, self.masks, self.limit):
+                if found.failed:
+                    found = self._judge(masked)  # by the public call
+                self._count(seed, masked, found)
+                if found.failed:
+                    return found
+        return verdict
+
+    def _count(self, seed: int, graph: Graph, verdict: Verdict) -> None:
         self.outcomes[verdict.outcome] += 1
         for family in graph.families(FAMILY_OF):
             self.families.setdefault(family, Counter())[verdict.outcome] += 1
-        self.notes.update({note.split(":")[0] for note in verdict.notes})
+        self.notes.update({_kind(note) for note in verdict.notes})
         if verdict.failed:
             self._record(seed, graph, verdict)
-        return verdict
 
     def _judge(self, graph: Graph) -> Verdict:
         """The verdict; a fault of the fuzzer itself is one too, so that a long session goes on."""
@@ -75,7 +89,7 @@ class Session:
     def _record(self, seed: int, graph: Graph, verdict: Verdict) -> None:
         """Shrink a failure and write its script, unless one like it was written before."""
         for known in self.failures:
-            if known.verdict.like(verdict) and not verdict.outcome.startswith("wrong"):
+            if known.verdict.like(verdict) and not verdict.vague:
                 known.count += 1
                 return
         small = Shrinker(graph, lambda g: self._judge(g).like(verdict), self.shrink_seconds).run()
@@ -90,16 +104,11 @@ class Session:
         self.failures.append(Failure(seed, verdict, small, path))
 
 
+def _kind(note: str) -> str:
+    """A note of a report without the names in it."""
+    return "a weight is computed from others" if " is computed from " in note else note.split(":")[0]
+
+
 def _ops(graph: Graph) -> list[str]:
     """The operators of a graph: two failures with the same ones are taken for the same."""
     return sorted(step.op for step in graph.steps)
-
-
-def standalone(graph: Graph, verdict: Verdict, seed: int) -> str:
-    """The script that repeats a failure."""
-    builder, graph = rebuild(graph, CATALOGUE)
-    fixed = any("batch size specialised" in note for note in verdict.notes)
-    title = f"{verdict.outcome}: found by `python -m benchmarks.fuzz --seed {seed} --count 1`"
-    text = "\n".join(line for line in (verdict.mark, verdict.detail) if line)
-    verify = verdict.outcome in ("wrong, verified", "false alarm")
-    return script(builder, graph, title, text, verify, not fixed)

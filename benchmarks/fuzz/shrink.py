@@ -94,6 +94,8 @@ def outputs(graph: Graph) -> Iterator[Graph]:
         yield replace(graph, form="tensor")
     if len(graph.reads) > 1:
         yield from (replace(graph, reads=(reads,)) for reads in graph.reads)
+    if graph.spatial:
+        yield replace(graph, spatial=False)
     if graph.reads != ("auto",):
         yield replace(graph, reads=("auto",))
 

@@ -21,7 +21,8 @@ from torch.export import Dim, ExportedProgram
 from upscale.accept import check_names, unwrap
 from upscale.errors import CaptureError, InputError
 from upscale.functional import functionalise
-from upscale.guards import fixed_size, size_guards, text_guards
+from upscale.guards import Guard, accepted, size_guards, text_guards
+from upscale.idle import dropped_notes
 from upscale.importing import import_graph
 from upscale.program import Program, is_users_file, module_path
 from upscale.signature import Argument, Signature, Tree, bind, call_with, flat_shapes, flatten
@@ -70,7 +71,8 @@ def capture(
     if isinstance(args, torch.Tensor):
         args = (args,)
     if not isinstance(args, (tuple, list)):
-        raise InputError(f"args must be a tuple of example inputs, not {type(args).__name__}")
+        hint = "; keyword inputs go into kwargs" if isinstance(args, Mapping) else ""
+        raise InputError(f"args must be a tuple of example inputs, not {type(args).__name__}{hint}")
     arguments, leaves, names = bind(model.forward, args, kwargs or {})
     leaves = [leaf.detach() for leaf in leaves]
     _check_example(leaves, names)
@@ -170,22 +172,39 @@ def _inputs_of(exported: ExportedProgram) -> list[torch.Tensor]:
 
 
 def _batch_is_fixed(exported: ExportedProgram, shapes: Sequence[Any]) -> bool:
-    free = [
-        fixed_size(value.shape[0]) is None
-        for value, spec in zip(_inputs_of(exported), shapes, strict=True)
-        if spec and 0 in spec
-    ]
-    return bool(free) and not any(free)
+    """Whether torch fixed the batch size: in the shapes themselves, or by a condition that no other batch meets."""
+    if not any(spec and 0 in spec for spec in shapes):
+        return False
+    fakes = _inputs_of(exported)
+    guards, _ = _guards(exported, fakes, [str(leaf) for leaf in range(len(fakes))])
+
+    def at_batch(batch: int) -> list[list[int]]:
+        sizes = [[_size_of(s) for s in value.shape] for value in fakes]
+        return [[batch, *size[1:]] if spec and 0 in spec else size for size, spec in zip(sizes, shapes, strict=True)]
+
+    example = next(_size_of(f.shape[0]) for f, spec in zip(fakes, shapes, strict=True) if spec and 0 in spec)
+    return not any(accepted(guards, at_batch(example + more)) for more in (1, 2, 5))
+
+
+def _guards(
+    exported: ExportedProgram, fakes: Sequence[torch.Tensor], names: Sequence[str]
+) -> tuple[list[Guard], list[str]]:
+    """All that the sizes of the inputs must meet, and what of it could not be written down."""
+    guards, missing = size_guards(fakes, names, exported.range_constraints)
+    more, unread = text_guards(getattr(exported, "_guards_code", None) or (), fakes, names, "leaves")
+    return [*guards, *more], [*missing, *unread]
+
+
+def _size_of(size: Any) -> int:
+    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
 
 
 def _program(model: nn.Module, arguments: tuple[Argument, ...], names: tuple[str, ...], export: _Export) -> Program:
     """Everything after ``torch.export``: one functional graph, folded constants and weights, guards."""
     fakes = _inputs_of(export.exported)
-    guards, missing = size_guards(fakes, names, export.exported.range_constraints)
-    texts = getattr(export.exported, "_guards_code", None) or ()
-    more, unread = text_guards(texts, fakes, names, "leaves")
+    guards, unwritten = _guards(export.exported, fakes, names)
     notes = list(export.notes)
-    notes += [f"a relation between input sizes is not checked: {text}" for text in (*missing, *unread)]
+    notes += [f"a relation between input sizes is not checked: {text}" for text in unwritten]
     imported = import_graph(export.exported, model, "model")
     notes += list(dict.fromkeys(imported.notes))[:_MOST_NOTES]
     notes += functionalise(imported, names)
@@ -193,8 +212,8 @@ def _program(model: nn.Module, arguments: tuple[Argument, ...], names: tuple[str
     notes += fold_weight_slots(imported)
     executed = _executed(imported.graph)
     spare = _spare(model, imported.tensors, imported.consumed, executed, imported.canonical)
-    signature = Signature(arguments, names, export.outputs, tuple(guards + more))
-    notes += _dropped(model, imported.tensors, executed)
+    signature = Signature(arguments, names, export.outputs, tuple(guards))
+    notes += dropped_notes(model, imported.tensors, imported.graph, executed)
     return Program(
         graph=imported.graph,
         tensors=imported.tensors,
@@ -232,32 +251,6 @@ def _spare(
         if name.rpartition(".")[0] in owners and name not in tensors and name not in consumed:
             spare[name] = tensor
     return spare
-
-
-def _dropped(model: nn.Module, tensors: Mapping[str, torch.Tensor], executed: set[str]) -> list[str]:
-    """Notes on modules that evaluation never runs: their weights are not exported."""
-    used = {name.rpartition(".")[0] for name in tensors}
-    unused: list[str] = []
-    training: list[str] = []
-    for path, module in model.named_modules():
-        if path in executed or any(owner == path or owner.startswith(f"{path}.") for owner in used):
-            continue
-        if unused and path.startswith(f"{unused[-1]}."):
-            continue
-        if any(True for _ in module.parameters()):
-            unused.append(path)
-        elif type(module).__name__ == "StochasticDepth" or "DropPath" in type(module).__name__:
-            training.append(path)
-    notes = []
-    if unused:
-        notes.append(f"not used in eval mode, so not exported: {_listed(unused)}")
-    if training:
-        notes.append(f"active in training only, so not exported: {_listed(training)}")
-    return notes
-
-
-def _listed(paths: Sequence[str]) -> str:
-    return ", ".join(paths[:5]) + (f" and {len(paths) - 5} more" if len(paths) > 5 else "")
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from .large import all_finite
 from .lowering import lower
 from .plan import MODES, Mode, Plan, make_plan
 from .program import Program
-from .raising import raise_program
+from .raising import raise_program, training_notes
 from .report import Report, count_parameters, kept_by_choice, layer_rows
 from .signature import call_with, flatten
 from .verification import Verification, verify
@@ -77,7 +77,7 @@ def export(
     program = capture(original, args, kwargs, dynamic_shapes=dynamic_shapes)
     compiled = compile_program(program, reads)
     pruned = finish(compiled, type(original).__name__, verify)
-    pruned.train(original.training)
+    take_training_flags(original, pruned)
     return become(original, pruned) if inplace else pruned
 
 
@@ -185,6 +185,24 @@ def _emptiest(program: Program, flow: Flow) -> str:
     return "together the masks of several layers leave no path"
 
 
+# -- training flags ---------------------------------------------------------------------------------------------------
+
+
+def take_training_flags(original: nn.Module, pruned: nn.Module) -> None:
+    """Training or eval mode as in ``original``, module by module: a frozen part stays frozen until ``train()``."""
+    pruned.train(original.training)
+    flags = {path: module.training for path, module in original.named_modules(remove_duplicate=False)}
+    for path, module in pruned.named_modules(remove_duplicate=False):
+        module.training = _nearest(flags, path)
+
+
+def _nearest(flags: Mapping[str, bool], path: str) -> bool:
+    """The flag of the innermost original module around ``path``."""
+    while path and path not in flags:
+        path = path.rpartition(".")[0]
+    return flags[path]
+
+
 # -- in place ---------------------------------------------------------------------------------------------------------
 
 
@@ -220,7 +238,7 @@ def make_report(
         layers=rows,
         reads=dict(compiled.plan.read_counts()),
         barriers=compiled.plan.barriers,
-        notes=program.notes,
+        notes=(*program.notes, *training_notes(lowered)),
         kept=kept_by_choice(program, compiled.plan),
         removed=tuple(sorted(before - set(pruned.state_dict()))),
         seconds=seconds,

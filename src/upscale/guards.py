@@ -89,7 +89,10 @@ class Size:
         """Evaluate with numbers or integer tensors for the sizes."""
         if self.op is None:
             return sizes[(self.leaf, self.dim)]
-        return self.op(*(a.value(sizes) if isinstance(a, Size) else a for a in self.args))
+        values = [a.value(sizes) if isinstance(a, Size) else a for a in self.args]
+        if self.op in (operator.mod, operator.floordiv) and isinstance(values[1], torch.Tensor):
+            values[1] = torch.where(values[1] == 0, 1, values[1])  # among many sizes tried at once, one may give zero
+        return self.op(*values)
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,12 @@ class Guard:
 
     condition: Size
     message: str
+
+
+def accepted(guards: Iterable[Guard], shapes: Sequence[Sequence[int]]) -> bool:
+    """Whether inputs of these shapes pass."""
+    sizes = {(leaf, dim): size for leaf, shape in enumerate(shapes) for dim, size in enumerate(shape)}
+    return all(bool(guard.condition.value(sizes)) for guard in guards)
 
 
 def _hint(dim: int) -> str:
@@ -268,7 +277,7 @@ def text_guards(
     guards: list[Guard] = []
     lower: dict[tuple[int, int], int] = {}
     for key, conditions in single.items():
-        bound, rest = _condense(key, conditions)
+        bound, rest = _condense(key, conditions, values[key[0]].shape[key[1]].node.hint)  # type: ignore[attr-defined]
         lower[key] = bound
         if bound > 1:
             message = f"upscale: input {names[key[0]]!r} must have at least size {bound} in dimension {key[1]}"
@@ -286,8 +295,11 @@ def _literal(condition: Size, text: str, parameter: str, names: Sequence[str]) -
     return Guard(condition, f"upscale: the captured graph is valid only where {text}")
 
 
-def _condense(key: tuple[int, int], conditions: list[tuple[Size, str]]) -> tuple[int, list[tuple[Size, str]]]:
-    """The least size from which on conditions hold without exception, and those that fail beyond any such bound."""
+def _condense(
+    key: tuple[int, int], conditions: list[tuple[Size, str]], example: int | None
+) -> tuple[int, list[tuple[Size, str]]]:
+    """The least size from which on conditions hold without exception, and those that fail beyond any such bound or
+    whose bound would leave out the ``example``'s own size."""
     probe = torch.cat([torch.arange(1, _PROBES + 1), torch.tensor(_LARGE)])
     bound: int = 1
     rest: list[tuple[Size, str]] = []
@@ -295,7 +307,7 @@ def _condense(key: tuple[int, int], conditions: list[tuple[Size, str]]) -> tuple
         held = torch.as_tensor(condition.value({key: probe})).expand(len(probe))
         failing = torch.nonzero(~held)
         last = int(failing[-1]) + 1 if failing.numel() else 0
-        if last > _PROBES // 2:
+        if last > _PROBES // 2 or (example is not None and last >= example):
             rest.append((condition, text))
         else:
             bound = max(bound, last + 1)

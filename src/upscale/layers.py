@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 
 from upscale.aliases import argument
+from upscale.idle import is_frozen_norm
 
 _aten = torch.ops.aten
 
@@ -94,6 +95,8 @@ def _statistics_norm(
     batch = node.target is _aten.batch_norm.default
     if kind is None or kind.__name__.startswith("Batch") is not batch:
         return None
+    if is_frozen_norm(original):
+        return None  # a call stays frozen, a layer would not
     mean = tensor(argument(node, "running_mean"))
     weight, bias = tensor(argument(node, "weight")), tensor(argument(node, "bias"))
     live = argument(node, "training" if batch else "use_input_stats")

@@ -12,7 +12,7 @@ from torch import nn
 from .accept import unwrap
 from .capture import capture
 from .errors import InputError
-from .exporting import become, check_finite, check_replaceable, compile_program, finish
+from .exporting import become, check_finite, check_replaceable, compile_program, finish, take_training_flags
 from .flow import analyse_flow
 from .masks import checked, grown, zeroed_by_name
 from .plan import Mode
@@ -52,8 +52,11 @@ class PruningManager:
             pruned_inputs, pruned_outputs: channels to remove as (parameter name, channel) pairs, whatever their
                 weights hold. Where both are None, channels are removed whose weights are zero.
             constrained: grow the pruned set until all layers on a shared tensor agree, so that nothing is copied.
-            reorder_producer, reorder_consumer: let channels change their order; both sides of a tensor have to
-                follow one order, so either False keeps the original.
+            reorder_producer, reorder_consumer: whether the layers that write a tensor, and those that read it, may
+                have their channels in another order. A tensor has one order for both, so channels are reordered
+                only where both are True (the default); if either is False, every tensor keeps the original order,
+                and a layer that reads channels with gaps between them gathers them. (The paper's interface has
+                both; here they are one switch.)
 
         Raises:
             InputError, CaptureError, UnknownChannelError, NonFiniteError: see each.
@@ -82,9 +85,8 @@ class PruningManager:
         """
         mode: Mode = "baseline" if baseline else "auto"
         compiled = compile_program(self._computed(), mode, only=self._only, reorder=self._reorder)
-        training = self._model.training
         pruned = finish(compiled, type(self._model).__name__)
-        pruned.train(training)
+        take_training_flags(self._model, pruned)
         self._captured = self._masked = None
         return become(self._model, pruned)
 

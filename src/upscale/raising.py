@@ -16,6 +16,7 @@ from torch import fx, nn
 from upscale.aliases import argument, is_idle_dropout, targets_of
 from upscale.calls import emit_call
 from upscale.face import emit_inputs, emit_output
+from upscale.idle import switch_notes
 from upscale.layers import (
     PLAIN_LAYERS,
     LayerCall,
@@ -50,6 +51,15 @@ def raise_program(program: Program, *, class_name: str | None = None) -> fx.Grap
     root = program.modules.get("")
     name = class_name or (type(root).__name__ if root is not None else "GraphModule")
     return _assemble(tree.root, graph, name)
+
+
+def training_notes(program: Program) -> list[str]:
+    """What of the module that :func:`raise_program` makes may answer ``train()`` otherwise than the original."""
+    names = Names(program.modules)
+    layers, _ = _choose_layers(program, names)
+    plain, _ = _choose_plain(program, names)
+    calls = [n for n in program.graph.nodes if n.op == "call_function" and n not in layers and n not in plain]
+    return switch_notes(layers, calls, program.modules)
 
 
 def _assemble(root: nn.Module, graph: fx.Graph, class_name: str) -> fx.GraphModule:

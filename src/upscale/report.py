@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from io import StringIO
@@ -57,7 +58,7 @@ class Report:
     plan: Plan | None = field(default=None, repr=False, compare=False)
 
     def __str__(self) -> str:
-        return self.render(width=110)
+        return self.render()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (str, (str(self),))
@@ -70,12 +71,12 @@ class Report:
         data = {k: v for k, v in self.__dict__.items() if k not in ("plan", "layers")}
         return data | {"layers": [asdict(row) for row in self.layers]}
 
-    def render(self, width: int = 110) -> str:
-        """The report as text, ``width`` characters wide."""
+    def render(self, width: int | None = None) -> str:
+        """The report as text, ``width`` characters wide; None: no name in the table and no line is broken."""
         buffer = StringIO()
-        console = Console(file=buffer, width=width, highlight=False)
+        console = Console(file=buffer, width=width or _WIDEST, highlight=False)
         console.print(self._table())
-        console.print(self._summary())
+        console.print(self._summary(), soft_wrap=width is None)
         return buffer.getvalue().rstrip("\n")
 
     def _table(self) -> Table:
@@ -100,18 +101,35 @@ class Report:
             f"parameters  {self.parameters[0]:,} -> {self.parameters[1]:,}  ({_share(*self.parameters)})",
             f"FLOPs       {self.flops[0]:,} -> {self.flops[1]:,}  ({_share(*self.flops)}) per example, "
             "convolutions and linear layers, 2 per multiply-add",
-            "reads       " + (", ".join(f"{n} {k}" for k, n in sorted(self.reads.items())) or "none"),
+            "reads       " + (", ".join(f"{n} {_read_text(k)}" for k, n in sorted(self.reads.items())) or "none"),
         ]
         if self.error is not None:
             sizes = ", ".join(map(str, self.batches))
             lines.append(f"verified    largest relative error {self.error:.1e} at batch {sizes}")
         lines.append("seconds     " + ", ".join(f"{k} {v:.2f}" for k, v in self.seconds.items()))
-        for place, operator, reason in self.barriers:
-            lines.append(f"barrier     {operator} at {place}: {reason}")
-        for layer, side, count, reason in self.kept:
-            lines.append(f"kept        {count} {side} channels of {layer}: {reason}")
+        for (place, operator, reason), times in Counter(self.barriers).items():
+            count = f" ({times} times)" if times > 1 else ""
+            lines.append(f"barrier     {operator} at {place}: {reason}{count}")
+        for layer, side, channels, reason in self.kept:
+            lines.append(f"kept        {channels} {side} channels of {layer}: {reason}")
         lines += [f"note        {note}" for note in self.notes]
         return "\n".join(line.replace("[", r"\[") for line in lines)
+
+
+#: What the kinds of reads mean; those that copy say so.
+_READS = {
+    "whole": "the tensor as it is",
+    "view": "one slice",
+    "gather": "copies by index",
+    "concat": "copies slices",
+    "channelwise": "copies channel by channel",
+    "collect": "copies from several tensors",
+}
+_WIDEST = 250  # characters; the table takes what it needs
+
+
+def _read_text(kind: str) -> str:
+    return f"{kind} ({_READS[kind]})" if kind in _READS else kind
 
 
 def _change(before: float, after: float) -> str:

@@ -58,7 +58,7 @@ def sharing(flow: Flow) -> Sharing:
 
 def _ports(flow: Flow, kept: Kept, node: Node) -> list[Port]:
     f = flow.nodes[node]
-    if f.kind != "fresh" or node not in kept.order or f.pinned or f.groups > 1:
+    if f.kind != "fresh" or node not in kept.order or f.pinned or f.groups > 1 or f.twins is not None:
         return []
     assert isinstance(f.effect, Contract)
     name = str(f.effect.weight.target).removesuffix(".weight")
@@ -87,10 +87,11 @@ def _pinned(flow: Flow, kept: Kept, total: int) -> np.ndarray:
     for node, f in flow.nodes.items():
         if node in kept.forced and node in kept.order:
             pinned[kept.order[node]] = True
-        grouped = [link.operand for link in f.links if not link.anchored] if f.groups > 1 else []
-        if grouped and node in kept.order:
-            pinned[kept.order[node]] = True  # channels of one group only could not go without the other groups'
-        for operand in (*(n for n, _ in f.whole), *grouped):
+        # One group's channels could not go without the other groups', nor one call's without its twins'.
+        tied = [link.operand for link in f.links if not link.anchored] if f.groups > 1 or f.twins else []
+        if tied and node in kept.order:
+            pinned[kept.order[node]] = True
+        for operand in (*(n for n, _ in f.whole), *tied):
             channels = flow.nodes[operand].channels
             if channels is not None and node in flow.used:
                 classes = _classes(flow, kept, Link(operand, channels.dim, np.arange(channels.size)))

@@ -23,6 +23,8 @@ def normalise_spelling(imported: Imported) -> None:
             continue
         if node.target is _aten.expand_as.default:
             _expand(imported, node)
+        elif node.target is _aten.linear.default and (stored := _transposed(node.args[1])) is not None:
+            _multiply(imported, node, stored)
         elif node.target in (_aten.matmul.default, _aten.mm.default):
             weight = _transposed(node.args[1])
             if weight is not None and isinstance(node.args[0], fx.Node):
@@ -68,6 +70,17 @@ def _replace(imported: Imported, node: fx.Node, args: tuple[Any, ...]) -> None:
     with imported.graph.inserting_before(node):
         made = imported.graph.call_function(_aten.linear.default, args)
     made.meta = dict(node.meta)
+    node.replace_all_uses_with(made)
+
+
+def _multiply(imported: Imported, node: fx.Node, weight: fx.Node) -> None:
+    """``linear`` with a transposed parameter: a product with the parameter as it is, which stays under its name."""
+    with imported.graph.inserting_before(node):
+        made = imported.graph.call_function(_aten.matmul.default, (node.args[0], weight))
+        made.meta = dict(node.meta)
+        if len(node.args) > 2 and node.args[2] is not None:
+            made = imported.graph.call_function(_aten.add.Tensor, (made, node.args[2]))
+            made.meta = dict(node.meta)
     node.replace_all_uses_with(made)
 
 

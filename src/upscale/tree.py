@@ -12,6 +12,8 @@ from upscale.layers import clone_plain, is_plain
 from upscale.program import Program, module_path
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+#: Tensors that a layer computes with as soon as it has them.
+_COMPUTED_WITH = ("weight", "bias", "running_mean", "running_var")
 #: Child that holds what a root module cannot: GraphModule loses the mark "not persistent" of its own buffers.
 ROOT_CONSTANTS = "constants"
 
@@ -182,6 +184,8 @@ class Tree:
                 continue
             if spare and path not in self.executed and path not in self.owners:
                 continue
+            if spare and path in self.layers and leaf in _COMPUTED_WITH:
+                continue  # a bias that the call, written as a function, leaves out: in the layer it would be added
             if leaf in owner._parameters or leaf in owner._buffers:
                 self._fill(owner, leaf, name, persistent)
                 self.emitted.setdefault(name, alias)

@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 
+from .aliases import first_tensor
 from .errors import InputError, VerificationError
+from .guards import accepted
 from .plan import Plan
-from .program import Program, interpret, run, where
+from .program import Program, interpret, run, steps, where
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 
@@ -57,7 +59,7 @@ def verify(
     """Compare ``call`` (the exported model on flat inputs, giving flat outputs) with the masked program.
 
     Raises:
-        VerificationError: they differ; the message names the first layer that does.
+        VerificationError: they differ (the message names the first layer that does), or the exported one cannot run.
         InputError: the masked model fails on the example (a wrong dtype, say).
     """
     started = time.perf_counter()
@@ -67,8 +69,7 @@ def verify(
             expected = run(masked, inputs)
         except RuntimeError as failure:
             raise InputError(f"the masked model itself does not run on inputs like the example: {failure}") from failure
-        with torch.no_grad():
-            actual = call(inputs)
+        actual = _called(call, inputs)
         errors = [relative_error(a, b) for a, b in zip(expected, actual, strict=True)]
         error = max(errors, default=0.0)
         if error > tolerance:
@@ -78,6 +79,18 @@ def verify(
         worst = max(worst, error)
         batches.append(_batch(inputs))
     return Verification(tuple(batches), worst, tolerance, time.perf_counter() - started)
+
+
+def _called(call: Callable[[Sequence[torch.Tensor]], Sequence[Any]], inputs: Sequence[torch.Tensor]) -> Sequence[Any]:
+    """The exported model's outputs; that it cannot run at all is a fault of the export, not of the user's input."""
+    try:
+        with torch.no_grad():
+            return call(inputs)
+    except Exception as failure:
+        raise VerificationError(
+            f"the exported model does not run at batch {_batch(inputs)}, where the masked one does: "
+            f"{type(failure).__name__}: {failure}. Nothing was changed in your model. Please report this with its code."
+        ) from failure
 
 
 def _tolerance(program: Program) -> float:
@@ -97,7 +110,9 @@ def example_inputs(program: Program) -> Iterator[tuple[torch.Tensor, ...]]:
     if not any(dynamic):
         return
     for batch in (1, 3):
-        yield tuple(_resize(t, batch) if d else t for t, d in zip(program.inputs, dynamic, strict=True))
+        inputs = tuple(_resize(t, batch) if d else t for t, d in zip(program.inputs, dynamic, strict=True))
+        if accepted(program.signature.guards, [t.shape for t in inputs]):
+            yield inputs
 
 
 def _resize(tensor: torch.Tensor, batch: int) -> torch.Tensor:
@@ -136,7 +151,7 @@ def _double_check(
     masked: Program, lowered: Program, inputs: Sequence[torch.Tensor], actual: Sequence[Any], error: float
 ) -> float:
     """Rounding or a fault? In float64 rounding vanishes; the emitted model must still match the lowered program."""
-    if any(t.dtype == torch.float64 for t in masked.tensors.values()):
+    if not _rounds(masked):
         return error
     direct = max((relative_error(a, b) for a, b in zip(run(lowered, inputs), actual, strict=True)), default=0.0)
     if not direct <= 1e-6:
@@ -144,12 +159,18 @@ def _double_check(
     wide = [_double(t) for t in inputs]
     try:
         with torch.no_grad():
-            a = interpret(masked.graph, _Double(masked.tensors), wide)
-            b = interpret(lowered.graph, _Double(lowered.tensors), wide)
+            a = interpret(masked.graph, _Double(masked.tensors), wide, dtype=torch.float64)
+            b = interpret(lowered.graph, _Double(lowered.tensors), wide, dtype=torch.float64)
     except RuntimeError:
-        return error  # the graph mixes dtypes: it cannot run in float64
+        return error  # an operator has no float64 form
     exact = max((relative_error(x, y) for x, y in zip(a, b, strict=True)), default=0.0)
     return exact if exact <= TOLERANCE[torch.float64] else error
+
+
+def _rounds(program: Program) -> bool:
+    """Whether any value of the model is of less than float64's precision."""
+    values = (first_tensor(n.meta.get("val")) for n in program.graph.nodes)
+    return any(v is not None and v.is_floating_point() and v.dtype != torch.float64 for v in values)
 
 
 def _explain(
@@ -167,30 +188,25 @@ def _explain(
 def first_difference(
     masked: Program, lowered: Program, plan: Plan, inputs: Sequence[torch.Tensor], tolerance: float
 ) -> str | None:
-    """The first operator whose kept channels differ between the two programs, as "module (source line)"."""
-    before, after = _values(masked, inputs), _values(lowered, inputs)
-    for node in masked.graph.nodes:
-        layout = plan.layouts.get(node.name)
-        if layout is None or node.op != "call_function" or node.name not in after:
-            continue
-        if node.name in plan.contractions and plan.contractions[node.name].delta:
-            continue  # its bias differs on purpose: a folded constant is made up for later
-        a, b = before[node.name], after[node.name]
-        if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
-            continue
-        wanted = a.index_select(layout.dim, torch.tensor(layout.positions, dtype=torch.int64, device=a.device))
-        if relative_error(wanted, b) > tolerance:
-            return where(node)
-    return None
+    """The first operator whose kept channels differ between the two programs, as "module (source line)".
 
-
-def _values(program: Program, inputs: Sequence[torch.Tensor]) -> dict[str, Any]:
-    """Every intermediate result by the name of the captured node it stands for."""
-    values: dict[str, Any] = {}
-
-    def keep(node: torch.fx.Node, value: Any) -> None:
-        values[node.meta.get("origin", node.name)] = value
-
+    Both are run in step, so that neither's intermediate values are held.
+    """
+    origins = {n.meta.get("origin") for n in lowered.graph.nodes}
     with torch.no_grad():
-        interpret(program.graph, program.tensors, inputs, keep)
-    return values
+        after = steps(lowered.graph, lowered.tensors, inputs)
+        for node, expected in steps(masked.graph, masked.tensors, inputs):
+            if node.name not in origins:
+                continue
+            actual = next((value for n, value in after if n.meta.get("origin") == node.name), None)
+            layout = plan.layouts.get(node.name)
+            if layout is None or node.op != "call_function":
+                continue
+            if node.name in plan.contractions and plan.contractions[node.name].delta:
+                continue  # its bias differs on purpose: a folded constant is made up for later
+            if not isinstance(expected, torch.Tensor) or not isinstance(actual, torch.Tensor):
+                continue
+            places = torch.tensor(layout.positions, dtype=torch.int64, device=expected.device)
+            if relative_error(expected.index_select(layout.dim, places), actual) > tolerance:
+                return where(node)
+    return None

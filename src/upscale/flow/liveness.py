@@ -44,8 +44,21 @@ class _Liveness:
         self.used: set[Node] = set()
         self.demands: dict[Node, Demand] = {}
         self.replaced: set[tuple[Node, Node]] = set()
+        self.twins: dict[tuple[str, str], np.ndarray] = {}  # (name, side) -> channels that any of the twins needs
 
     def run(self) -> Flow:
+        while True:  # what a twin needs further up is only known when that is reached; sets only grow
+            before = {key: needed.copy() for key, needed in self.twins.items()}
+            self._pass()
+            if before.keys() == self.twins.keys() and all(np.array_equal(before[k], v) for k, v in self.twins.items()):
+                break
+        masked = {n: not (s.used.any(0).all() and s.used.any(1).all()) for n, s in self.supports.items()}
+        used, replaced = frozenset(self.used), frozenset(self.replaced)
+        return Flow(self.nodes, self.constants, self.live, used, self.demands, replaced, masked, self._depends())
+
+    def _pass(self) -> None:
+        """Every node once, readers before what they read."""
+        self.demands, self.replaced = {}, set()
         for node, flow in reversed(self.nodes.items()):
             if node.op in ("output", "placeholder") or _writes(node):
                 self.used.add(node)
@@ -53,9 +66,14 @@ class _Liveness:
                 self.used.add(node)
             if node in self.used:
                 self._visit(node, flow)
-        masked = {n: not (s.used.any(0).all() and s.used.any(1).all()) for n, s in self.supports.items()}
-        used, replaced = frozenset(self.used), frozenset(self.replaced)
-        return Flow(self.nodes, self.constants, self.live, used, self.demands, replaced, masked, self._depends())
+
+    def _with_twins(self, flow: FlowNode, side: str, needed: np.ndarray) -> np.ndarray:
+        """``needed`` and what the other calls with the same weight need."""
+        if flow.twins is None:
+            return needed
+        known = self.twins.get((flow.twins, side))
+        self.twins[flow.twins, side] = needed.copy() if known is None else known | needed
+        return self.twins[flow.twins, side].copy()
 
     def _visit(self, node: Node, flow: FlowNode) -> None:
         for operand, _ in flow.whole:
@@ -101,7 +119,7 @@ class _Liveness:
     # -- transits -----------------------------------------------------------------------------------------------
 
     def _through(self, node: Node, flow: FlowNode) -> None:
-        live = np.ones_like(self.live[node]) if flow.pinned else self.live[node]
+        live = np.ones_like(self.live[node]) if flow.pinned else self._with_twins(flow, "output", self.live[node])
         self.live[node] = live
         own = self.constants.get(node)
         if (
@@ -146,9 +164,10 @@ class _Liveness:
     # -- contractions -------------------------------------------------------------------------------------------
 
     def _contract(self, node: Node, flow: FlowNode, effect: Contract) -> None:
-        live, own = self.live[node], self.constants.get(node)
+        live, own = self._with_twins(flow, "output", self.live[node]), self.constants.get(node)
         if flow.pinned:
             live[:] = True
+        self.live[node] = live
         support = self.supports[node]
         rows, absorber = len(live), self._absorber(node, effect)
         constant = np.zeros(rows, dtype=bool)
@@ -163,8 +182,8 @@ class _Liveness:
             self._grouped(node, flow, effect)
             return
         link = flow.links[0]
-        can_fold = effect.bias is not None or absorber is not None
-        if own is not None:
+        can_fold = flow.twins is None and (effect.bias is not None or absorber is not None)
+        if own is not None and flow.twins is None:
             constant = own.known.numpy() & ((own.value == 0).numpy() | can_fold)
         known, value = self._input_constants(link)
         free = known & ((value == 0) | (effect.exact & can_fold))
@@ -172,12 +191,13 @@ class _Liveness:
         inputs = (support.used if active.all() else support.used[active]).any(0) & ~free
         folded = torch.from_numpy(np.where(free & ~inputs, value, 0.0))
         delta = support.weighted(folded)
-        if own is not None:
+        if own is not None and flow.twins is None:
             bias = 0.0 if support.bias is None else support.bias.double()
             delta = torch.where(torch.from_numpy(constant), own.value.double() - bias, delta)
         starved = not inputs.any()
         if starved and live.any():
             inputs[self._any_position(link)] = True  # a layer cannot have no input; its weights for it are zero
+        inputs = self._with_twins(flow, "input", inputs)
         self._need(link, inputs)
         self.demands[node] = Demand(inputs, constant, delta, absorber if bool(delta.any()) else None, starved)
 
@@ -221,6 +241,8 @@ class _Liveness:
         flow = self.nodes[user]
         if "batch_norm" not in str(user.target) or not isinstance(flow.effect, PerChannel) or flow.pinned:
             return None
+        if flow.twins is not None:
+            return None
         return user if flow.effect.constant is not None and flow.kind == "transit" else None
 
     # -- dependence ---------------------------------------------------------------------------------------------
@@ -232,7 +254,7 @@ class _Liveness:
             if node.op == "placeholder":
                 depends[node] = is_tensor(node)
                 continue
-            direct = node.all_input_nodes if flow.kind in ("opaque", "barrier") or not flow.links else ()
+            direct = () if flow.kind in ("select", "split") and flow.links else node.all_input_nodes
             sources = (*direct, *(link.operand for link in flow.links), *(n for n, _ in flow.whole))
             inputs = [n for n in sources if (node, n) not in self.replaced]
             answer = node in self.used and any(depends.get(n, False) for n in inputs)

@@ -55,8 +55,8 @@ def _product(op: Op, left: Node, right: Node, a: str, b: str, result: str) -> Ef
     for x, weight, own, others in ((left, right, a, b), (right, left, b, a)):
         if weight.op == "get_attr" and op.rank(weight) == 2 and x.op != "get_attr":
             return _with_weight(op, x, weight, own, others, result)
-    found = [(n, c.dim, letters) for n, letters in ((left, a), (right, b)) if (c := op.channels_of(n)) is not None]
-    letter = next((letters[dim] for _, dim, letters in found if letters[dim] in result), None)
+    found = [(c.dim, letters) for n, letters in ((left, a), (right, b)) if (c := op.channels_of(n)) and not c.weak]
+    letter = next((letters[dim] for dim, letters in found if letters[dim] in result), None)
     if letter is None:
         return Barrier("the product of two activations, over their channels", op.tensors)
     return Aligned(

@@ -52,12 +52,15 @@ class Tracker:
         for blocks in options:
             out = Channels(blocks.dim, np.arange(len(blocks.positions)), channels.weak)
             link = Link(ancestor, channels.dim, blocks.positions)
-            found.append(FlowNode(node, "split", None, out, (link,), split=Split(blocks.permute)))
+            found.append(
+                FlowNode(node, "split", None, out, (link,), split=Split(blocks.permute, flatten=blocks.flatten))
+            )
         return found
 
     def unscramble(self, node: Node) -> None:
         """``node`` carries its channels along one dimension after all."""
-        del self.scrambled[node], self.heads[node]
+        self.scrambled.pop(node, None)
+        self.heads.pop(node, None)
 
     def moved(self, node: Node, effect: Movement, through: Node | None = None) -> FlowNode | None:
         """Run the movement on labels of the ancestor: the same channels came out (``transit``), some of them
@@ -77,15 +80,30 @@ class Tracker:
         merge = lab.merge_pattern(moved.positions, channels.size) if operand is ancestor else None
         if not isinstance(node.meta["val"].shape[moved.dim], int):
             return None  # merged with a dimension whose size may change, or picked by values: positions mean nothing
-        if merge is not None and (merge == (1, 1) or channels.unit_count == channels.size):
+        if merge is not None and not self._follows(effect, shape, channels.dim, merge):
+            merge = None
+        if merge is not None:
             link = Link(operand if through is None else through, channels.dim, moved.positions)
-            units = channels.units if merge == (1, 1) else moved.positions
-            return FlowNode(node, "transit", effect, Channels(moved.dim, units, channels.weak), (link,), merge=merge)
+            out = Channels(moved.dim, channels.units[moved.positions], channels.weak)
+            return FlowNode(node, "transit", effect, out, (link,), merge=merge)
         if lab.is_selection(run, shape, channels.dim, moved):
             link = Link(ancestor, channels.dim, moved.positions)
             units = renumber(channels.units[moved.positions])
             return FlowNode(node, "select", effect, Channels(channels.dim, units, channels.weak), (link,))
         return None
+
+    def _follows(self, effect: Movement, shape: tuple[int, ...], dim: int, merge: tuple[int, int]) -> bool:
+        """Whether the operator as it is does the same when a channel is gone; an index that lists them all does not."""
+        if effect.size_arg is not None or shape[dim] < 2:
+            return True  # sizes are rewritten
+        fewer = (*shape[:dim], shape[dim] - 1, *shape[dim + 1 :])
+        try:
+            moved = lab.summarise(effect.run(lab.channel_labels(fewer, dim)))
+        except (RuntimeError, IndexError, ValueError):
+            return False
+        if moved is None:
+            return fewer[dim] == 1
+        return lab.merge_pattern(moved.positions, fewer[dim]) == merge
 
     def _since(self, effect: Movement) -> lab.Run:
         """The movement from the ancestor on."""

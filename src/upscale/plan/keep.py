@@ -55,6 +55,7 @@ class _Decision:
         self.hoisted: set[Node] = set()
         self.ordered: set[Node] = set()
         self.grouped: dict[Node, np.ndarray] = {}
+        self.twins: dict[str, Node] = {}
         self.wants: dict[Node, list[np.ndarray | None]] = {n: [] for n in self.stored}  # None: whatever it keeps
 
     def _channels(self, node: Node):  # type: ignore[no-untyped-def]
@@ -67,6 +68,8 @@ class _Decision:
             if node in self.virtual:
                 continue
             self._whole(f)
+            if f.twins is not None:
+                self._join_twins(f)
             if f.kind == "fresh":
                 self._contract(f)
             elif f.kind in ("transit", "list"):
@@ -77,6 +80,15 @@ class _Decision:
                 for link in f.links:
                     self._want(link, self.flow.live[node], tie=False, reader=f)
         return self._result()
+
+    def _join_twins(self, f: FlowNode) -> None:
+        """Calls that share a weight keep the same channels in the same order."""
+        assert f.twins is not None
+        first = self.twins.setdefault(f.twins, f.node)
+        every = np.arange(self._channels(f.node).size)
+        for joined in (self.order, self.ties):
+            joined.join(self._slots(first, every), self._slots(f.node, every))
+        self.ordered.add(f.node)
 
     # -- readers ------------------------------------------------------------------------------------------------
 
@@ -119,7 +131,14 @@ class _Decision:
 
     def _can_hoist(self, f: FlowNode, links: list[Link]) -> bool:
         """A transit reads just what its readers read, where they all read the same: their reads become whole."""
-        if not self.hoist or f.pinned or len(links) != 1 or links[0].anchored or f.merge != (1, 1):
+        if (
+            not self.hoist
+            or f.pinned
+            or f.twins is not None
+            or len(links) != 1
+            or links[0].anchored
+            or f.merge != (1, 1)
+        ):
             return False
         if isinstance(f.effect, Mixing) or f.whole or f.kind == "list" or f.node in self.forced:
             return False
@@ -157,7 +176,18 @@ class _Decision:
 
     # -- result -------------------------------------------------------------------------------------------------
 
+    def _settle_lists(self) -> None:
+        """A list of tensors and what is picked from it stand in one order: no read parts them."""
+        for node, f in self.flow.nodes.items():
+            if f.kind != "list":
+                continue
+            together = {n for n in (node, *node.users) if n in self.base}
+            for members in (self.forced, self.ordered):
+                if together & members:
+                    members |= together
+
     def _result(self) -> Kept:
+        self._settle_lists()
         flags = np.zeros(len(self.ties.parent), dtype=bool)
         for n in self.stored:
             flags[self._slots(n, np.flatnonzero(self.flow.live[n]))] = True

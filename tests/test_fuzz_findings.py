@@ -1,0 +1,204 @@
+"""What ``make fuzz`` found, one shrunk network each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import upscale
+from support.oracle import check_equal, parameter_count, randomise
+
+
+class Net(nn.Module):
+    """A network given as its layers and a function of them and the input."""
+
+    def __init__(self, run: Callable[..., Any], tensors: dict[str, Tensor] | None = None, **layers: nn.Module) -> None:
+        super().__init__()
+        self.run = run
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+        for name, tensor in (tensors or {}).items():
+            if isinstance(tensor, nn.Parameter):
+                self.register_parameter(name, tensor)
+            else:
+                self.register_buffer(name, tensor)
+
+    def forward(self, x: Tensor) -> Any:
+        """``run`` on this module and the input."""
+        return self.run(self, x)
+
+
+def values(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+
+
+def exported(model: nn.Module, x: Tensor, zero: dict[str, list[int]], dim: int = 1, batches: Any = (1, 3)) -> Any:
+    """Zero columns (``dim=1``) or rows of weights, export in every reads mode, compare; the model of ``auto``."""
+    randomise(model.double().eval(), seed=3)
+    with torch.no_grad():
+        for name, channels in zero.items():
+            model.get_parameter(name).index_fill_(dim, torch.tensor(channels), 0)
+    made = {}
+    for reads in ("auto", "gather", "baseline"):
+        made[reads] = upscale.export(model, (x,), reads=reads)  # type: ignore[arg-type]
+        check_equal(model, made[reads], x, batches=batches)
+        assert parameter_count(made[reads]) <= parameter_count(model)
+    return made["auto"]
+
+
+def test_pieces_of_another_dimension_than_the_channels() -> None:
+    def run(net: Any, x: Tensor) -> Tensor:
+        first, rest = torch.split(torch.relu(net.a(x)), [1, 4], dim=1)  # tokens
+        return net.c(torch.cat([first, net.b(rest)], dim=1))
+
+    net = Net(run, a=nn.Linear(6, 8), b=nn.Linear(8, 8), c=nn.Linear(8, 3))
+    pruned = exported(net, values(2, 5, 6), {"b.weight": [1, 2], "c.weight": [4]})
+    assert pruned.c.in_features == 7
+
+
+def test_a_layer_along_another_dimension_than_the_channels() -> None:
+    net = Net(lambda net, x: net.b(net.a(x)), a=nn.Embedding(7, 2), b=nn.Conv1d(3, 2, 1))
+    pruned = exported(net, torch.randint(0, 7, (2, 3)), {"b.weight": [2]})
+    assert pruned.b.in_channels == 2
+
+
+def test_the_same_behind_a_slice() -> None:
+    net = Net(lambda net, x: net.b(net.a(x)[..., 1:]), a=nn.Linear(4, 5), b=nn.Conv1d(3, 2, 1))
+    pruned = exported(net, values(2, 3, 4), {"b.weight": [1]})
+    assert (pruned.a.out_features, pruned.b.in_channels) == (4, 2)
+
+
+def test_a_gate_expanded_like_an_input_that_keeps_its_channels() -> None:
+    def run(net: Any, x: Tensor) -> Tensor:
+        gate = torch.sigmoid(net.a(F.adaptive_avg_pool2d(x, 1)))
+        return net.b(gate.expand_as(x) * x)
+
+    net = Net(run, a=nn.Conv2d(4, 4, 1), b=nn.Conv2d(4, 3, 1))
+    pruned = exported(net, values(2, 4, 5, 5), {"b.weight": [1]})
+    assert (pruned.a.out_channels, pruned.b.in_channels) == (3, 3)
+
+
+def test_a_selection_by_a_boolean_buffer_keeps_what_it_selects_from() -> None:
+    def run(net: Any, x: Tensor) -> Tensor:
+        return net.b(torch.relu(net.a(x)[:, net.mask]) + net.c(x))
+
+    mask = torch.tensor([True, False, True, True])
+    net = Net(run, {"mask": mask}, a=nn.Linear(3, 4), b=nn.Linear(3, 2), c=nn.Linear(3, 3))
+    pruned = exported(net, values(2, 3), {"b.weight": [1]})
+    assert (pruned.a.out_features, pruned.b.in_features) == (4, 2)
+
+
+@pytest.mark.parametrize("index", [[0, 1, 2, 3], [0, 0, 1, 1, 2, 2, 3, 3]])
+def test_an_index_that_lists_all_channels_follows_those_that_are_left(index: list[int]) -> None:
+    net = Net(
+        lambda net, x: net.b(net.a(x)[:, net.index]),
+        {"index": torch.tensor(index)},
+        a=nn.Linear(3, 4),
+        b=nn.Linear(len(index), 2),
+    )
+    gone = [i for i, channel in enumerate(index) if channel == 1]
+    pruned = exported(net, values(2, 3), {"b.weight": gone})
+    assert (pruned.a.out_features, pruned.b.in_features) == (3, len(index) - len(gone))
+
+
+def test_a_part_in_the_original_order_of_a_list_that_was_reordered() -> None:
+    def run(net: Any, x: Tensor) -> Tensor:
+        x = net.stem(x)
+        gate = torch.sigmoid(net.b(F.relu(net.a(F.adaptive_avg_pool1d(x, 1)))))
+        return (x + x * gate).chunk(2, dim=2)[1]
+
+    net = Net(run, stem=nn.Conv1d(3, 6, 1), a=nn.Conv1d(6, 8, 1), b=nn.Conv1d(8, 6, 1))
+    exported(net, values(2, 3, 4), {"b.weight": [1], "a.weight": [0, 3]})
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (1, 2)])
+def test_a_gain_computed_from_a_parameter_along_any_dimension(shape: tuple[int, int]) -> None:
+    net = Net(
+        lambda net, x: net.b((1 + net.gain) * net.a(x)),
+        {"gain": nn.Parameter(torch.empty(shape))},
+        a=nn.Linear(3, 2),
+        b=nn.Linear(2, 3),
+    )
+    pruned = exported(net, values(2, 2, 3), {"b.weight": [0]})
+    assert pruned.a.out_features == 1
+
+
+def test_a_product_with_a_parameter_that_has_a_group_dimension() -> None:
+    def run(net: Any, x: Tensor) -> Tensor:
+        grouped = torch.einsum("ngcy,goc->ngoy", net.a(x).flatten(2).unflatten(1, (2, 3)), net.weight)
+        return net.b(grouped.flatten(1, 2))
+
+    net = Net(
+        run,
+        {"weight": nn.Parameter(torch.empty(2, 4, 3))},
+        a=nn.Conv2d(3, 6, 1),
+        b=nn.Conv1d(8, 2, 1),
+    )
+    exported(net, values(2, 3, 2, 2), {"b.weight": [2]})
+
+
+def test_a_tied_weight_used_straight_and_transposed_stays_one() -> None:
+    net = Net(lambda net, x: F.linear(torch.tanh(net.a(x)), net.a.weight.t()), a=nn.Linear(4, 5))
+    pruned = exported(net, values(2, 4), {"a.weight": [1]}, dim=0)
+    assert [name for name, _ in pruned.named_parameters()] == ["a.weight", "a.bias"]
+
+
+def test_a_batch_that_torch_fixes_by_a_condition_alone_is_said_and_guarded() -> None:
+    net = Net(
+        lambda net, x: net.b(torch.take_along_dim(net.a(x), net.index.view(1, 1, 1), dim=1)),
+        {"index": torch.tensor([0])},
+        a=nn.Conv1d(3, 4, 1),
+        b=nn.Linear(1, 3),
+    )
+    randomise(net.double().eval(), seed=3)
+    x = values(2, 3, 1)
+    with torch.no_grad():
+        net.b.weight[1] = 0
+    pruned = upscale.export(net, (x,))
+    assert torch.equal(pruned(x), net(x))
+    if not any("batch size specialised" in note for note in pruned.report.notes):
+        torch.testing.assert_close(pruned(values(3, 3, 1)), net(values(3, 3, 1)))
+
+
+def test_a_guard_never_refuses_the_example() -> None:
+    net = Net(lambda net, x: net.a(x.contiguous().view(x.shape[0], 1, 4)), a=nn.Linear(4, 2))
+    randomise(net.double().eval(), seed=3)
+    with torch.no_grad():
+        net.a.weight[:, 1] = 0
+    x = values(2, 1, 2, 2)
+    pruned = upscale.export(net, (x,), dynamic_shapes="spatial")
+    torch.testing.assert_close(pruned(x), net(x))
+
+
+def test_rounding_inside_a_float64_model_is_no_fault() -> None:
+    """Norms of language models compute in float32 whatever the model's type: there the reference itself rounds."""
+
+    def run(net: Any, x: Tensor) -> Tensor:
+        hidden = torch.relu(net.a(x))
+        rough = hidden.to(torch.float32)
+        hidden = hidden * torch.rsqrt(rough.pow(2).mean(-1, keepdim=True) + 1e-6).to(hidden.dtype)
+        return net.c(torch.relu(net.b(hidden))).float()
+
+    net = Net(run, a=nn.Linear(8, 32), b=nn.Linear(32, 32), c=nn.Linear(32, 4))
+    randomise(net.double().eval(), seed=3)
+    with torch.no_grad():
+        net.b.weight[:, ::4] = 0
+        net.c.weight[:, ::3] = 0
+    pruned = upscale.export(net, (values(2, 8),))
+    assert pruned.report.error <= 1e-10  # compared in float64 throughout
+    assert pruned.c.in_features == 21
+
+
+def test_a_weight_used_without_its_bias_stays_without() -> None:
+    net = Net(
+        lambda net, x: F.conv2d(torch.relu(net.a(x)), net.b.weight, None, 1, 1),
+        a=nn.Conv2d(3, 4, 1),
+        b=nn.Conv2d(4, 2, 2),
+    )
+    pruned = exported(net, values(2, 3, 4, 4), {"b.weight": [2]})
+    assert "b.bias" not in pruned.state_dict() and pruned.a.out_channels == 3
