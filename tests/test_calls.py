@@ -313,6 +313,18 @@ def test_manager_mock_model_is_trainable() -> None:
     assert mock.fc.weight.grad is not None
 
 
+def test_manager_constrained_needs_all_pixels_of_a_flattened_channel_unread() -> None:
+    """Some columns of a channel are zero: the layer still reads it."""
+    model = dense(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 9, 2)))
+    with torch.no_grad():
+        model[3].weight[:, [0, 10, 20]] = 0  # a pixel of channels 0, 1 and 2
+        model[3].weight[:, 27:] = 0  # all of channel 3
+    x = image(size=3)
+    computed = manager(model).compute(x, constrained=True)
+    pruned = computed.prune()
+    assert (pruned.get_submodule("0").out_channels, pruned.get_submodule("3").in_features) == (3, 27)
+
+
 def test_manager_constrained_grows_until_all_agree() -> None:
     """No read is a copy, and the mock model of the grown masks is the oracle."""
     model = dense(SmallResNet())

@@ -222,7 +222,7 @@ def test_a_norm_that_holds_its_activation_keeps_it() -> None:
             self.act = nn.ReLU()
 
         def forward(self, x: Tensor) -> Tensor:
-            args = (self.running_mean, self.running_var, self.weight, self.bias, False, 0.1, self.eps)
+            args = (self.running_mean, self.running_var, self.weight, self.bias, self.training, 0.1, self.eps)
             return self.act(F.batch_norm(x, *args))
 
     model = nn.Sequential(nn.Conv2d(3, 8, 3), NormAct(8), nn.Conv2d(8, 4, 3))

@@ -359,7 +359,6 @@ def test_randomised_models_have_no_regular_parameters() -> None:
         if tensor.is_floating_point():
             assert tensor.unique().numel() == tensor.numel(), name
     assert not any(module.training for module in subject.model.modules())
-    assert subject.model[1].momentum == 0.1  # type: ignore[index]
     assert subject.model[0].weight.std() > 0.1  # type: ignore[index]
     normed = subject.model[:2](*subject.args)  # type: ignore[index]
     assert 0.2 < normed.std() < 5  # the statistics are near those of the example

@@ -109,9 +109,14 @@ class _Lowering:
         if whole:
             return self._as_written(node)
         shape = (len(self.plan.layouts[node.name].positions), link.positions.shape[1])
-        parted = self.graph.call_function(torch.ops.aten.unflatten.int, (read, link.dim, list(shape)))
+        dim, flat = link.dim, read
+        if split.flatten is not None:
+            start, end = split.flatten
+            flat = self.graph.call_function(torch.ops.aten.flatten.using_ints, (read, start, end))
+            dim = dim if dim < start else dim - (end - start)
+        parted = self.graph.call_function(torch.ops.aten.unflatten.int, (flat, dim, list(shape)))
         new = self.graph.call_function(torch.ops.aten.permute.default, (parted, list(split.permute)))
-        for made in (parted, new):
+        for made in (parted, new) if flat is read else (flat, parted, new):
             made.meta = {k: v for k, v in node.meta.items() if k != "val"} | {"rewritten": True}
         new.meta["origin"] = node.name
         return new

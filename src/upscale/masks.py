@@ -140,8 +140,11 @@ def grown(program: Program, flow: Flow) -> tuple[Program, dict[str, torch.Tensor
     shared = sharing(flow)
     gone = np.zeros(len(shared.segment), dtype=bool)
     for port in shared.ports:
-        classes = port.classes[~_used(program, flow, port)]
-        gone[classes[classes >= 0]] = True
+        # After a flatten a layer has several columns for one channel: it does not read it where it reads none of them.
+        used, found = _used(program, flow, port), port.classes >= 0
+        unread = np.ones(len(gone), dtype=bool)
+        unread[port.classes[found & used]] = False
+        gone[port.classes[found]] |= unread[port.classes[found]]
     gone &= ~shared.pinned
     tensors = dict(program.tensors)
     counted: dict[str, torch.Tensor] = {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import sysconfig
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,22 +58,31 @@ def interpret(
     graph: fx.Graph,
     tensors: Mapping[str, torch.Tensor],
     inputs: Sequence[torch.Tensor],
-    watch: Callable[[fx.Node, Any], None] | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[Any, ...]:
-    """Run ``graph`` node by node; ``inputs`` are its placeholders in order. ``watch`` sees every value once.
-    ``dtype`` takes the place of every floating type that the graph itself converts to."""
+    """Run ``graph`` node by node and return its flat outputs; see :func:`steps`."""
+    result: Any = None
+    for _, value in steps(graph, tensors, inputs, dtype):
+        result = value
+    return tuple(result)
+
+
+def steps(
+    graph: fx.Graph,
+    tensors: Mapping[str, torch.Tensor],
+    inputs: Sequence[torch.Tensor],
+    dtype: torch.dtype | None = None,
+) -> Iterator[tuple[fx.Node, Any]]:
+    """Every node with its value, the output last; a value is freed after its last use.
+
+    ``inputs`` are the graph's placeholders in order. ``dtype`` takes the place of every floating type that the graph
+    itself converts to.
+    """
 
     def converted(value: Any) -> Any:
         return dtype if dtype and isinstance(value, torch.dtype) and value.is_floating_point else value
 
-    last_use: dict[fx.Node, fx.Node] = {}
-    for node in graph.nodes:
-        for used in node.all_input_nodes:
-            last_use[used] = node
-    dying: dict[fx.Node, list[fx.Node]] = {}
-    for used, node in last_use.items():
-        dying.setdefault(node, []).append(used)
+    dying = _last_uses(graph)
     values: dict[fx.Node, Any] = {}
     feed = iter(inputs)
     for node in graph.nodes:
@@ -88,14 +97,24 @@ def interpret(
                 args, kwargs = fx.node.map_aggregate(args, converted), fx.node.map_aggregate(kwargs, converted)
             values[node] = node.target(*args, **kwargs)
         elif node.op == "output":
-            return tuple(fx.node.map_arg(node.args[0], values.__getitem__))
-        if watch is not None:
-            watch(node, values[node])
+            values[node] = fx.node.map_arg(node.args[0], values.__getitem__)
+        yield node, values[node]
         for used in dying.get(node, ()):
             del values[used]
         if not node.users:
             values.pop(node, None)
-    raise ValueError("the graph has no output node")
+
+
+def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """For every node the values that nobody needs after it."""
+    last_use: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        for used in node.all_input_nodes:
+            last_use[used] = node
+    dying: dict[fx.Node, list[fx.Node]] = {}
+    for used, node in last_use.items():
+        dying.setdefault(node, []).append(used)
+    return dying
 
 
 def module_path(node: fx.Node) -> str:

@@ -17,7 +17,7 @@ from .aliases import first_tensor
 from .errors import InputError, VerificationError
 from .guards import accepted
 from .plan import Plan
-from .program import Program, interpret, run, where
+from .program import Program, interpret, run, steps, where
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 
@@ -188,30 +188,25 @@ def _explain(
 def first_difference(
     masked: Program, lowered: Program, plan: Plan, inputs: Sequence[torch.Tensor], tolerance: float
 ) -> str | None:
-    """The first operator whose kept channels differ between the two programs, as "module (source line)"."""
-    before, after = _values(masked, inputs), _values(lowered, inputs)
-    for node in masked.graph.nodes:
-        layout = plan.layouts.get(node.name)
-        if layout is None or node.op != "call_function" or node.name not in after:
-            continue
-        if node.name in plan.contractions and plan.contractions[node.name].delta:
-            continue  # its bias differs on purpose: a folded constant is made up for later
-        a, b = before[node.name], after[node.name]
-        if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
-            continue
-        wanted = a.index_select(layout.dim, torch.tensor(layout.positions, dtype=torch.int64, device=a.device))
-        if relative_error(wanted, b) > tolerance:
-            return where(node)
-    return None
+    """The first operator whose kept channels differ between the two programs, as "module (source line)".
 
-
-def _values(program: Program, inputs: Sequence[torch.Tensor]) -> dict[str, Any]:
-    """Every intermediate result by the name of the captured node it stands for."""
-    values: dict[str, Any] = {}
-
-    def keep(node: torch.fx.Node, value: Any) -> None:
-        values[node.meta.get("origin", node.name)] = value
-
+    Both are run in step, so that neither's intermediate values are held.
+    """
+    origins = {n.meta.get("origin") for n in lowered.graph.nodes}
     with torch.no_grad():
-        interpret(program.graph, program.tensors, inputs, keep)
-    return values
+        after = steps(lowered.graph, lowered.tensors, inputs)
+        for node, expected in steps(masked.graph, masked.tensors, inputs):
+            if node.name not in origins:
+                continue
+            actual = next((value for n, value in after if n.meta.get("origin") == node.name), None)
+            layout = plan.layouts.get(node.name)
+            if layout is None or node.op != "call_function":
+                continue
+            if node.name in plan.contractions and plan.contractions[node.name].delta:
+                continue  # its bias differs on purpose: a folded constant is made up for later
+            if not isinstance(expected, torch.Tensor) or not isinstance(actual, torch.Tensor):
+                continue
+            places = torch.tensor(layout.positions, dtype=torch.int64, device=expected.device)
+            if relative_error(expected.index_select(layout.dim, places), actual) > tolerance:
+                return where(node)
+    return None

@@ -245,17 +245,50 @@ class _Analysis:
         scrambled = [n for n in self._inputs(node) if self.tracker.is_scrambled(n)]
         if not scrambled:
             return
-        before = {n: self.flow[n] for n in scrambled}
-        options = [[replace(s, effect=before[n].effect) for s in self.tracker.splits(n)] for n in scrambled]
-        for choice in islice(product(*options), MOST_CHOICES):
-            self.flow.update(zip(scrambled, choice, strict=True))
+        for ways in islice(product(*map(self._ways, scrambled)), MOST_CHOICES):
+            choice = {n: f for way in ways for n, f in way.items()}
+            before = {n: self.flow[n] for n in choice}
+            self.flow.update(choice)
             effect = find(self._op(node))
             found = self._flow_of(node, effect) if not isinstance(effect, Barrier) else None
             if found is not None and found.kind not in ("barrier", "opaque") and not self._needs_whole(found):
-                for n in scrambled:
+                for n in choice:
                     self.tracker.unscramble(n)
                 return
-        self.flow.update(before)
+            self.flow.update(before)
+
+    def _ways(self, node: Node) -> list[dict[Node, FlowNode]]:
+        """All ways to give a scrambled tensor channels: blocks of its own, or blocks further up, moved from there."""
+        chain = [node]
+        while isinstance(effect := self.flow[chain[0]].effect, Movement) and self.tracker.is_scrambled(effect.operand):
+            chain.insert(0, effect.operand)
+        ways = [{node: split} for split in self._splits(node)]
+        for place, first in enumerate(chain[:-1] if not ways else []):
+            found = (self._followed(first, split, chain[place + 1 :]) for split in self._splits(first))
+            ways += [way for way in found if way is not None]
+        return ways
+
+    def _splits(self, node: Node) -> list[FlowNode]:
+        return [replace(split, effect=self.flow[node].effect) for split in self.tracker.splits(node)]
+
+    def _followed(self, first: Node, split: FlowNode, rest: list[Node]) -> dict[Node, FlowNode] | None:
+        """What the movements after ``first`` do to its blocks; None where they lose track. Nothing is changed."""
+        before = {n: self.flow[n] for n in (first, *rest)}
+        scrambled, heads = dict(self.tracker.scrambled), dict(self.tracker.heads)
+        way = {first: split}
+        try:
+            self.flow[first] = split
+            for n in (first, *rest):
+                self.tracker.unscramble(n)
+            for n in rest:
+                effect = before[n].effect
+                if n.target is operator.getitem or not isinstance(effect, Movement):
+                    return None
+                way[n] = self.flow[n] = self._movement(n, effect)
+            return way if self.channels(rest[-1]) is not None else None
+        finally:
+            self.flow.update(before)
+            self.tracker.scrambled, self.tracker.heads = scrambled, heads
 
     def _needs_whole(self, flow: FlowNode) -> bool:
         """Whether the node needs all channels of an activation."""

@@ -51,10 +51,11 @@ def _varies(labels: torch.Tensor, dim: int) -> bool:
 @dataclass(frozen=True)
 class Blocks:
     """One way to see channels that lie over several dimensions as blocks: ``positions[j]`` are the operand's channels
-    at index ``j`` of ``dim``; ``permute`` as in :class:`upscale.flow.model.Split`."""
+    at index ``j`` of ``dim``; ``flatten`` and ``permute`` as in :class:`upscale.flow.model.Split`."""
 
     dim: int
     positions: np.ndarray
+    flatten: tuple[int, int] | None
     permute: tuple[int, ...] | None
 
 
@@ -75,9 +76,11 @@ def find_blocks(run: Run, shape: tuple[int, ...], dim: int, replay: Run | None) 
         positions = _rows(labels, d, varying)
         if positions is None:
             continue
-        permute = _permutation(elements, moved, dim, d, varying, positions)
-        if permute is not None or (replay is not None and _repeats(replay, elements, moved, dim, d, positions)):
-            found.append(Blocks(d, positions, permute))
+        rebuilt = _rebuilt(elements, moved, dim, d, varying, positions)
+        if rebuilt is not None:
+            found.append(Blocks(d, positions, *rebuilt))
+        elif replay is not None and _repeats(replay, elements, moved, dim, d, positions):
+            found.append(Blocks(d, positions, None, None))
     return sorted(found, key=lambda b: int((np.diff(b.positions, axis=1) != 1).sum()))
 
 
@@ -92,6 +95,22 @@ def _rows(labels: torch.Tensor, dim: int, varying: list[int]) -> np.ndarray | No
         return None
     positions = np.stack(rows).astype(np.int64)
     return positions if len(np.unique(positions)) == positions.size else None
+
+
+def _rebuilt(
+    elements: torch.Tensor, moved: torch.Tensor, dim: int, out: int, varying: list[int], positions: np.ndarray
+) -> tuple[tuple[int, int] | None, tuple[int, ...]] | None:
+    """How ``moved`` is made of the channels read: dimensions to flatten first, and the permutation after parting."""
+    ways: list[tuple[tuple[int, int] | None, torch.Tensor, int]] = [(None, elements, dim)]
+    if dim == 1 and elements.ndim > 3:  # (batch, channels, height, width)
+        ways.append(((2, elements.ndim - 1), elements.flatten(2), 1))
+    if dim == elements.ndim - 1 and elements.ndim > 3:  # (batch, height, width, channels)
+        ways.append(((1, dim - 1), elements.flatten(1, dim - 1), 2))
+    for flatten, flat, place in ways:
+        permute = _permutation(flat, moved, place, out, varying, positions)
+        if permute is not None:
+            return flatten, permute
+    return None
 
 
 def _permutation(

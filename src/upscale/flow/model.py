@@ -31,12 +31,14 @@ class Link:
 class Split:
     """How a tensor whose channels are blocks of the operand's (attention heads) is made of the channels it reads.
 
-    ``permute``: the channel dimension is parted into (blocks, inside) and the dimensions permuted so; None: the
-    operator itself is repeated on what is read. ``by_column``: it wants the first of every block, then the second, ...
+    ``permute``: the channel dimension is parted into (blocks, inside) and the dimensions permuted so, after those from
+    ``flatten[0]`` to ``flatten[1]`` were made one; None: the operator itself is repeated on what is read.
+    ``by_column``: it wants the first of every block, then the second, ...
     """
 
     permute: tuple[int, ...] | None
     by_column: bool = False
+    flatten: tuple[int, int] | None = None
 
     def in_order(self, positions: np.ndarray) -> np.ndarray:
         """Rows of block positions as one list, in the order in which they are to be read."""

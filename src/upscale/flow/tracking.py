@@ -52,12 +52,15 @@ class Tracker:
         for blocks in options:
             out = Channels(blocks.dim, np.arange(len(blocks.positions)), channels.weak)
             link = Link(ancestor, channels.dim, blocks.positions)
-            found.append(FlowNode(node, "split", None, out, (link,), split=Split(blocks.permute)))
+            found.append(
+                FlowNode(node, "split", None, out, (link,), split=Split(blocks.permute, flatten=blocks.flatten))
+            )
         return found
 
     def unscramble(self, node: Node) -> None:
         """``node`` carries its channels along one dimension after all."""
-        del self.scrambled[node], self.heads[node]
+        self.scrambled.pop(node, None)
+        self.heads.pop(node, None)
 
     def moved(self, node: Node, effect: Movement, through: Node | None = None) -> FlowNode | None:
         """Run the movement on labels of the ancestor: the same channels came out (``transit``), some of them
@@ -79,10 +82,10 @@ class Tracker:
             return None  # merged with a dimension whose size may change, or picked by values: positions mean nothing
         if merge is not None and not self._follows(effect, shape, channels.dim, merge):
             merge = None
-        if merge is not None and (merge == (1, 1) or channels.unit_count == channels.size):
+        if merge is not None:
             link = Link(operand if through is None else through, channels.dim, moved.positions)
-            units = channels.units if merge == (1, 1) else moved.positions
-            return FlowNode(node, "transit", effect, Channels(moved.dim, units, channels.weak), (link,), merge=merge)
+            out = Channels(moved.dim, channels.units[moved.positions], channels.weak)
+            return FlowNode(node, "transit", effect, out, (link,), merge=merge)
         if lab.is_selection(run, shape, channels.dim, moved):
             link = Link(ancestor, channels.dim, moved.positions)
             units = renumber(channels.units[moved.positions])

@@ -97,10 +97,11 @@ class _Builder:
         """The operand's channels in order, each as often as merging repeats it."""
         assert f.channels is not None
         outer, inner = f.merge
-        count = f.channels.unit_count
-        units = np.flatnonzero(self.kept.kept[node])
-        units = units[np.argsort(self.rank[self.kept.order[node][units]], kind="stable")]
-        grid = np.arange(outer)[:, None, None] * count + units[None, :, None]
+        count = f.channels.size // (outer * inner)
+        unit = f.channels.units[np.arange(count) * inner]  # of every channel of the operand
+        mine = np.flatnonzero(self.kept.kept[node][unit])
+        mine = mine[np.lexsort((mine, self.rank[self.kept.order[node][unit[mine]]]))]
+        grid = np.arange(outer)[:, None, None] * count + mine[None, :, None]
         return (grid * inner + np.arange(inner)).reshape(-1)
 
     def _layout(self, node: Node) -> Layout:
@@ -143,9 +144,8 @@ class _Builder:
     def _link_positions(self, f: FlowNode, link: Link) -> np.ndarray:
         positions = self.positions[f.node]
         if f.merge != (1, 1):  # the operand is read once; the movement itself repeats its channels
-            units = self.flow.nodes[f.node].channels.units[positions]  # type: ignore[union-attr]
-            _, first = np.unique(units, return_index=True)
-            return np.asarray(units[np.sort(first)])
+            outer, inner = f.merge
+            return positions[: len(positions) // outer : inner] // inner
         return positions if f.kind == "concat" else link.positions[positions]
 
     def _read(self, node: Node, link: Link, positions: np.ndarray) -> None:

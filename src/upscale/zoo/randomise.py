@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -35,7 +34,7 @@ def randomise(subject: Subject, seed: int = 0) -> None:
                     _randomise_parameter(name, parameter, norm, generator)
                     if name == "weight" and not isinstance(module, nn.Embedding):
                         _keep_up(parameter)
-        _calibrate(subject, generator)
+    calibrate(subject, seed)
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -73,42 +72,34 @@ def _keep_up(weight: Tensor) -> None:
         weight.mul_(wanted / found)
 
 
-def _calibrate(subject: Subject, generator: torch.Generator) -> None:
-    """Give batch norms the statistics of the example, disturbed; random ones stay where the model refuses."""
-    norms: list[Any] = [module for module in subject.model.modules() if _has_statistics(module)]
-    saved = [(norm.running_mean.clone(), norm.running_var.clone()) for norm in norms]
-    try:
-        with _learning(norms):
+def calibrate(subject: Subject, seed: int = 0) -> None:
+    """Give batch norms the statistics of what they see of the example, disturbed, one after the other.
+
+    A norm further on sees the disturbed results, so that sizes do not drift from layer to layer. Call it again where
+    weights have changed much: rounding grows with sizes.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with contextlib.ExitStack() as stack:
+        for module in subject.model.modules():
+            if all(isinstance(getattr(module, name, None), Tensor) for name in ("running_mean", "running_var")):
+                hook = module.register_forward_pre_hook(lambda norm, args: _disturb(norm, args, generator))
+                stack.callback(hook.remove)
+        with contextlib.suppress(Exception):  # a model that does not run says so itself, later
             subject.call(subject.model)
-    except Exception:  # a model that cannot run so is tried with random statistics
-        for norm, (mean, variance) in zip(norms, saved, strict=True):
-            norm.running_mean.copy_(mean)
-            norm.running_var.copy_(variance)
+
+
+def _disturb(norm: Any, args: tuple[Any, ...], generator: torch.Generator) -> None:
+    """Statistics of the first argument: the mean moved by a third of a deviation, the variance halved or doubled."""
+    value, mean, variance = args[0], norm.running_mean, norm.running_var
+    if not isinstance(value, Tensor) or value.ndim < 2 or value.shape[1] != mean.numel():
         return
-    for norm in norms:
-        mean, variance = norm.running_mean, norm.running_var
-        noise = torch.randn(mean.shape, generator=generator, dtype=torch.float64).to(mean)
-        factor = 0.5 + 1.5 * torch.rand(mean.shape, generator=generator, dtype=torch.float64).to(mean)
-        mean.add_(0.3 * noise * variance.sqrt())
-        variance.add_(0.01 * variance.mean() + 1e-4).mul_(factor)  # no channel is divided by next to nothing
-
-
-def _has_statistics(module: nn.Module) -> bool:
-    tensors = (getattr(module, "running_mean", None), getattr(module, "running_var", None))
-    return all(isinstance(tensor, Tensor) for tensor in tensors) and hasattr(module, "momentum")
-
-
-@contextlib.contextmanager
-def _learning(norms: list[Any]) -> Iterator[None]:
-    """These batch norms alone in training mode, keeping the statistics of the last batch only."""
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.training, norm.momentum = True, 1.0
-    try:
-        yield
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.training, norm.momentum = False, momentum
+    others = [dim for dim in range(value.ndim) if dim != 1]
+    found = value.var(others, correction=0)
+    found = found + 0.01 * found.mean() + 1e-4  # no channel is divided by next to nothing
+    noise = torch.randn(mean.shape, generator=generator, dtype=torch.float64).to(mean)
+    factor = 0.5 + 1.5 * torch.rand(mean.shape, generator=generator, dtype=torch.float64).to(mean)
+    mean.copy_(value.mean(others) + 0.3 * noise * found.sqrt())
+    variance.copy_(found * factor)
 
 
 def _normal(tensor: Tensor, scale: float, generator: torch.Generator) -> None:

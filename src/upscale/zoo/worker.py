@@ -28,7 +28,7 @@ from upscale.report import Report
 
 from .compare import DifferentError, Masked, masked_count, relative_error, removed_share, tells
 from .precision import computes_in_less
-from .randomise import randomise
+from .randomise import calibrate, randomise
 from .rows import MIXED, TOLERANCE, Row, Settings
 from .subject import Subject, batch_of, rebatched
 from .suites import load_suite
@@ -78,6 +78,8 @@ def examine(job: Job, tell: Callable[[Row], None] = lambda row: None) -> Row:
         with stage("mask"):
             masked = mask(subject, job.settings)
             row.masked_channels = masked_count(masked)
+            calibrate(subject, job.settings.seed)
+            row.sensitivity = sensitivity(subject)
         with stage("export"):
             pruned = export(subject, job.settings, row)
         with stage("measure"):
@@ -101,25 +103,27 @@ def build(builder: Callable[[], Subject], settings: Settings, row: Row) -> Subje
     row.dtype = wanted
     subject = _prepared(subject, wanted, settings)
     try:
-        output = subject.call(subject.model)
+        subject.call(subject.model)
     except Exception:
         if settings.dtype != "auto" or wanted != "float64":
             raise
         row.dtype = "float32"
         subject = _prepared(builder(), row.dtype, settings)
-        output = subject.call(subject.model)
-    _check_it_tells(subject, output, row)
+        subject.call(subject.model)
+    row.sensitivity = sensitivity(subject)
     return subject
 
 
-def _check_it_tells(subject: Subject, output: Any, row: Row) -> None:
-    """Equality says nothing where the output is nothing, or is the same whatever the input."""
+def sensitivity(subject: Subject) -> float:
+    """How much the output differs from one random input to another. Raises where equality would say nothing."""
+    output = subject.call(subject.model)
     if not tells(output):
         raise UntestableError("no output of the model is a finite float tensor other than zero")
     inputs = rebatched(subject.inputs, batch_of(subject.inputs), seed=3)
-    row.sensitivity = float(f"{relative_error(output, subject.call(subject.model, inputs)):.2g}")
-    if row.sensitivity < SENSITIVITY:
-        raise UntestableError(f"the output hardly depends on the input: it varies by {row.sensitivity:.0e}")
+    difference = relative_error(output, subject.call(subject.model, inputs))
+    if difference < SENSITIVITY:
+        raise UntestableError(f"the output hardly depends on the input: it varies by {difference:.0e}")
+    return float(f"{difference:.2g}")
 
 
 def _prepared(subject: Subject, dtype: str, settings: Settings) -> Subject:
