@@ -179,6 +179,8 @@ class Case:
             return Verdict("refused", "ConstantOutputError", f"the output does vary: {text_of(error)}")
         if isinstance(error, upscale.NonFiniteError) and not self._finite():
             return Verdict("not finite")
+        if isinstance(error, upscale.CaptureError) and "depends on values" in str(error):
+            return Verdict("depends on values", detail=text_of(error))
         if isinstance(error, upscale.CaptureError) and not self._torch_exports():
             return Verdict("torch cannot export", detail=text_of(error))
         outcome = "refused" if isinstance(error, upscale.UpscaleError) else "exception"

@@ -23,6 +23,7 @@ GOOD = (
     "nothing to prune",
     "constant output",
     "torch cannot export",
+    "depends on values",
     "batch fixed by torch",
     "unstable",
 )
