@@ -11,6 +11,7 @@ import random
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from string import ascii_lowercase
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from .graph import Graph, Input, Step
 
 BATCHES = (2, 3)
 LARGEST = 10000  # elements of one tensor, per example
-NAMESPACE: dict[str, Any] = {"torch": torch, "nn": nn, "F": F, "math": math}
+NAMESPACE: dict[str, Any] = {"__name__": "fuzzed", "torch": torch, "nn": nn, "F": F, "math": math}
 exec("".join(CLASSES.values()), NAMESPACE)
 
 
@@ -107,6 +108,7 @@ class Frame:
         self.body: list[str] = []
         self.heads: list[list[tuple[str, int, tuple[int, ...]]]] = []
         self.writes: list[str] = []
+        self.named: list[str] = []  # modules, parameters and buffers of this step
         self.taken: list[str] = []  # variables this step has assigned already
 
     # -- choosing ---------------------------------------------------------------------------------------------------
@@ -185,8 +187,10 @@ class Frame:
     # -- code -------------------------------------------------------------------------------------------------------
 
     def _name(self, letter: str) -> str:
-        taken = sum(line.split(" ")[0].startswith(f"self.{letter}{self.step.number}") for line in self.init)
-        return f"{letter}{self.step.number}" + ("" if not taken else "bcdefghijklmn"[taken - 1])
+        stem = f"{letter}{self.step.number}"
+        taken = sum(name.rstrip(ascii_lowercase[1:]) == stem for name in self.named)
+        self.named.append(stem + ("" if not taken else ascii_lowercase[taken]))
+        return self.named[-1]
 
     def module(self, code: str) -> str:
         """A submodule: ``self.m3``."""
