@@ -18,7 +18,7 @@ import upscale
 from benchmarks.fuzz.__main__ import main
 from benchmarks.fuzz.build import BATCHES, Builder, Reject, make_inputs, rebuild
 from benchmarks.fuzz.catalogue import CATALOGUE
-from benchmarks.fuzz.generate import FAMILIES, draw
+from benchmarks.fuzz.generate import FAMILIES, FAMILY_OF, draw
 from benchmarks.fuzz.graph import Graph, Input, Step, Zero, needed
 from benchmarks.fuzz.judge import judge, judge_more
 from benchmarks.fuzz.script import standalone
@@ -64,6 +64,15 @@ def test_the_same_seed_gives_the_same_example() -> None:
         first, second = (instance(source(g), seed, g.zeros).state_dict() for g in (one, two))
         assert all(torch.equal(first[name], second[name]) for name in first)
     assert len({source(draw(seed)) for seed in range(12)}) == 12
+
+
+def test_a_focus_draws_a_family_more_often() -> None:
+    """Ten times the weight shows."""
+    plain, keen = (
+        sum("recurrent" in draw(seed, 10, focus).families(FAMILY_OF) for seed in range(40))
+        for focus in ("", "recurrent")
+    )
+    assert keen > plain
 
 
 @pytest.mark.parametrize("name", CATALOGUE)
@@ -201,7 +210,7 @@ def test_other_failures_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_command_says_so_by_its_status(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
     """0 without failures, 1 with one; the failure's script is printed."""
-    monkeypatch.setattr("benchmarks.fuzz.session.draw", lambda seed, longest: chain())
+    monkeypatch.setattr("benchmarks.fuzz.session.draw", lambda seed, longest, focus: chain())
     arguments = ["--count", "1", "--folder", str(tmp_path), "--shrink", "3"]
     assert main(arguments) == 0
     assert "conv" in capsys.readouterr().out and not list(tmp_path.iterdir())

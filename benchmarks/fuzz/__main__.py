@@ -33,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="seed of the first example (default 0)")
     parser.add_argument("--count", type=int, help="stop after so many examples")
     parser.add_argument("--longest", type=int, default=10, help="steps of the longest networks (default 10)")
+    parser.add_argument("--focus", default="", help="draw families with this in their name ten times as often")
     parser.add_argument("--masks", type=int, default=4, help="further masks of each network, captured once (default 4)")
     parser.add_argument("--limit", type=float, default=30, help="seconds after which an example hangs (default 30)")
     parser.add_argument("--shrink", type=float, default=60, help="seconds for shrinking one failure (default 60)")
@@ -43,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(file=sys.stdout)  # this very file: judging redirects what torch prints
     if not console.is_terminal:
         console = Console(file=sys.stdout, width=200)
-    session = Session(chosen.folder, chosen.limit, chosen.shrink, chosen.longest, chosen.masks)
+    session = Session(chosen.folder, chosen.limit, chosen.shrink, chosen.longest, chosen.focus, chosen.masks)
     seeds = itertools.count(chosen.seed) if chosen.count is None else range(chosen.seed, chosen.seed + chosen.count)
     _run(session, seeds, chosen.seconds, console)
     _report(session, console)

@@ -16,8 +16,8 @@ FAMILY_OF = {name: operator.family for name, operator in CATALOGUE.items()}
 FAMILIES = sorted(set(FAMILY_OF.values()) - {"head"})
 
 
-def draw(seed: int, longest: int = 10) -> Graph:
-    """The example of that seed."""
+def draw(seed: int, longest: int = 10, focus: str = "") -> Graph:
+    """The example of that seed. Families with ``focus`` in their name are drawn ten times as often."""
     rng = random.Random(seed)
     while True:
         graph = Graph(
@@ -31,7 +31,7 @@ def draw(seed: int, longest: int = 10) -> Graph:
             ),
         )
         graph = replace(graph, other=rng.choice([b for b in (1, 2, 3, 4) if b != graph.batch]))
-        grown = _grow(graph, rng, rng.randint(2, longest))
+        grown = _grow(graph, rng, rng.randint(2, longest), focus)
         if grown is not None:
             return grown
 
@@ -72,12 +72,12 @@ def _input(rng: random.Random, name: str, kind: str) -> Input:
     return Input(name, (rng.choice((4, 6)),), vocabulary=rng.choice((5, 7)))
 
 
-def _grow(graph: Graph, rng: random.Random, length: int) -> Graph | None:
+def _grow(graph: Graph, rng: random.Random, length: int, focus: str) -> Graph | None:
     """Add steps, heads and zeros; None where the result is of no use."""
     builder = Builder(graph.inputs, graph.seed)
     steps: list[Step] = []
     families = [op for op in CATALOGUE.values() if op.weight]
-    weights = [op.weight for op in families]
+    weights = [op.weight * (10 if focus and focus in op.family else 1) for op in families]
     for number in range(length):
         for _ in range(TRIES):
             operator = rng.choices(families, weights)[0]

@@ -127,11 +127,17 @@ def select(b: Frame) -> str:
     x = b.take()
     dim = _axis(b, x)
     n = x.shape[dim]
-    form = b.pick("f", ("slice", "stride", "narrow", "select", "list", "index_select", "flip", "roll", "ellipsis"))
+    form = b.pick(
+        "f", ("slice", "stride", "narrow", "select", "list", "index_select", "flip", "roll", "pairs", "ellipsis")
+    )
     start = b.pick("start", list(range(n)))
     stop = b.pick("stop", list(range(n, start, -1)))
     if form == "slice":
         return f"{x}{_at(x.rank, dim, f'{start}:{stop}')}"
+    if form == "pairs":  # an index on two dimensions at once
+        b.need(x.rank >= 3 and dim < x.rank - 1)
+        both = list(range(min(n, x.shape[dim + 1])))[: b.pick("pairs", (3, 2))]
+        return f"{x}{_at(x.rank, dim, str(both))[:-1]}, {both[::-1]}]"
     if form == "ellipsis":
         return f"{x}[..., {start % x.dims[-1]}:]"
     if form == "stride":

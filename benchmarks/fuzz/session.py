@@ -40,6 +40,7 @@ class Session:
     limit: float = 30.0
     shrink_seconds: float = 60.0
     longest: int = 10
+    focus: str = ""  # families drawn ten times as often
     masks: int = 4  # further masks of every network that was exported
     outcomes: Counter[str] = field(default_factory=Counter)
     families: dict[str, Counter[str]] = field(default_factory=dict)
@@ -56,7 +57,7 @@ class Session:
 
     def example(self, seed: int) -> Verdict:
         """Judge the example of one seed."""
-        graph = draw(seed, self.longest)
+        graph = draw(seed, self.longest, self.focus)
         verdict = self._judge(graph)
         self._count(seed, graph, verdict)
         if verdict.outcome in CAPTURED and not graph.spatial:
