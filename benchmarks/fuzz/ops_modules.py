@@ -65,14 +65,12 @@ def context(b: Frame) -> str:
     """Part of the computation in a context, in a checkpoint, in a local function."""
     x = b.take(accept=lambda t: 2 <= t.rank <= 4)
     layer = b.module(f"nn.Linear({x.dims[-1]}, {b.width()})")
-    form = b.pick("f", ("no_grad", "autocast", "checkpoint", "detach", "local", "vmap"))
+    form = b.pick("f", ("no_grad", "autocast", "checkpoint", "detach", "local"))
     name = f"v{b.step.number}"
     if form == "checkpoint":
         return f"torch.utils.checkpoint.checkpoint({layer}, {x}, use_reentrant=False)"
     if form == "detach":
         return f"{layer}({x}.detach()) - {layer}({x}).detach() * 0.5"
-    if form == "vmap":
-        return f"torch.vmap({layer})({x})"
     if form == "local":
         b.line(f"def again{b.step.number}(y, times=2):\n    return {layer}(y) * times")
         return f"again{b.step.number}({x}) + again{b.step.number}({x} * 0.5, times=1)"
