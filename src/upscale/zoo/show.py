@@ -89,7 +89,8 @@ def table(rows: Sequence[Row]) -> Table:
     """All rows, as a table of rich's."""
     shown = Table(title="coverage", title_justify="left")
     for name in ("suite", "model", "result", "dtype", "parameters", "FLOPs", "masked", "reads", "barriers", "s", "MB"):
-        shown.add_column(name, overflow="ellipsis", no_wrap=True)  # one line a model; the file has it all
+        # one line a model; the file has it all
+        shown.add_column(name, overflow="ellipsis", no_wrap=True, min_width={"model": 26, "result": 11}.get(name))
     for row in rows:
         cells = [row.suite, row.model, verdict(row), row.dtype]
         if row.good:
