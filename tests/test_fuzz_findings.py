@@ -202,3 +202,30 @@ def test_a_weight_used_without_its_bias_stays_without() -> None:
     )
     pruned = exported(net, values(2, 3, 4, 4), {"b.weight": [2]})
     assert "b.bias" not in pruned.state_dict() and pruned.a.out_channels == 3
+
+
+def test_other_spellings_are_known() -> None:
+    """Sizes taken from another tensor, aliases, norms over space, and an index computed from a buffer."""
+
+    def run(net: Any, x: Tensor) -> Tensor:
+        y = torch.relu(net.a(x))
+        z = torch.multiply(y.flatten(2).view_as(y), torch.linalg.vector_norm(y, dim=(2, 3), keepdim=True))
+        return net.b(z[:, :, net.rows.view(-1)])
+
+    net = Net(run, {"rows": torch.tensor([[1, 0], [2, 2]])}, a=nn.Conv2d(3, 5, 1), b=nn.Conv2d(5, 2, 1))
+    pruned = exported(net, values(2, 3, 3, 3), {"b.weight": [1, 4]})
+    assert (pruned.a.out_channels, pruned.b.in_channels) == (3, 3)
+    assert not pruned.report.barriers
+
+
+def test_a_gain_computed_from_a_parameter_stays_a_parameter() -> None:
+    net = Net(
+        lambda net, x: net.b((1 + net.gain) * net.a(x)),
+        {"gain": nn.Parameter(torch.empty(6))},
+        a=nn.Linear(3, 6),
+        b=nn.Linear(6, 2),
+    )
+    pruned = exported(net, values(2, 3), {"b.weight": [1, 4]})
+    assert pruned.gain.shape == (4,)
+    pruned(values(2, 3)).sum().backward()
+    assert bool(pruned.gain.grad.any())

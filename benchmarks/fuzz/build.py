@@ -16,13 +16,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import torch.nn.utils.prune
+import torch.utils.checkpoint
 from torch import nn
 
+from .classes import CLASSES
 from .graph import Graph, Input, Step
 
 BATCHES = (2, 3)
-LARGEST = 6000  # elements of one tensor, per example
+LARGEST = 10000  # elements of one tensor, per example
 NAMESPACE: dict[str, Any] = {"torch": torch, "nn": nn, "F": F, "math": math}
+exec("".join(CLASSES.values()), NAMESPACE)
 
 
 class Reject(Exception):
@@ -169,9 +172,15 @@ class Frame:
         self.choices["shared"] = name
         return able[name]
 
+    def kind_of(self, name: str) -> str:
+        """The class of a submodule."""
+        return type(getattr(self.builder.root, name)).__name__.removeprefix("Parametrized")
+
     def weight_shape(self, name: str) -> tuple[int, ...]:
         """The shape of a submodule's weight."""
-        return tuple(getattr(self.builder.root, name).weight.shape)
+        weight = getattr(getattr(self.builder.root, name), "weight", None)
+        self.need(isinstance(weight, torch.Tensor))
+        return tuple(weight.shape)
 
     # -- code -------------------------------------------------------------------------------------------------------
 

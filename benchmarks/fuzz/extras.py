@@ -18,10 +18,12 @@ Equal = Callable[[nn.Module, nn.Module, Sequence[torch.Tensor]], str]
 
 def ordinary(model: nn.Module, pruned: nn.Module, example: Sequence[torch.Tensor], equal: Equal) -> str:
     """What is wrong with the exported model as a module: its state, a deep copy, a second export; "" if nothing is."""
-    new = set(pruned.state_dict()) - set(model.state_dict())
-    allowed = {name for name in new if _computed(name, model)}
-    if new - allowed:
-        return f"state_dict has keys that the model has not: {', '.join(sorted(new - allowed))}"
+    notes = " ".join(pruned.report.notes)  # type: ignore[union-attr]
+    new = {
+        name for name in set(pruned.state_dict()) - set(model.state_dict()) if f"{name} is computed from" not in notes
+    }
+    if new:
+        return f"state_dict has keys that the model has not: {', '.join(sorted(new))}"
     fault = equal(pruned, copy.deepcopy(pruned), example)
     if fault:
         return f"a deep copy differs: {fault}"
@@ -33,19 +35,6 @@ def ordinary(model: nn.Module, pruned: nn.Module, example: Sequence[torch.Tensor
         return f"the exported model cannot be exported again: {type(error).__name__}: {str(error)[:300]}"
     fault = equal(pruned, again, example)
     return f"exported again it differs: {fault}" if fault else ""
-
-
-def _computed(name: str, model: nn.Module) -> bool:
-    """Whether a weight was computed from others (weight norm, pruning, standardisation) and is stored as one now."""
-    owner, _, leaf = name.rpartition(".")
-    keys = model.state_dict()
-    owned = f"{owner}.parametrizations.{leaf}.original"
-    related = (f"{owner}.{leaf}_orig", f"{owner}.{leaf}_g", owned, f"{owned}0")
-    return any(key in keys for key in related) or "." not in name or name not in keys and owner not in _paths(model)
-
-
-def _paths(model: nn.Module) -> set[str]:
-    return {path for path, _ in model.named_modules()}
 
 
 def other_sizes(graph: Graph) -> list[Input]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
-from . import ops_attention, ops_blocks, ops_layers, ops_move, ops_pointwise, ops_space  # noqa: F401 - fill the table
+from . import ops_attention, ops_blocks, ops_layers, ops_modules, ops_move, ops_pointwise, ops_space  # noqa: F401 - fill the table
 from .build import Builder, Reject, rebuild
 from .catalogue import CATALOGUE
 from .graph import Graph, Input, Step, needed
@@ -23,7 +23,7 @@ def draw(seed: int, longest: int = 10) -> Graph:
         graph = Graph(
             seed=seed,
             inputs=_inputs(rng),
-            form=rng.choice(("tensor", "tensor", "tuple", "list", "dict")),
+            form=rng.choice(("tensor", "tensor", "tuple", "list", "dict", "nested", "twice")),
             batch=rng.choice((1, 2, 2, 3)),
             spatial=rng.random() < 0.06,
             reads=rng.choice(
@@ -37,13 +37,28 @@ def draw(seed: int, longest: int = 10) -> Graph:
 
 
 def _inputs(rng: random.Random) -> tuple[Input, ...]:
-    kinds = ("image", "image", "image", "image", "sequence", "volume", "tokens", "tokens", "vector", "ids", "ids")
+    kinds = (
+        "large",
+        "image",
+        "image",
+        "image",
+        "image",
+        "sequence",
+        "volume",
+        "tokens",
+        "tokens",
+        "vector",
+        "ids",
+        "ids",
+    )
     made = [_input(rng, f"x{i}", rng.choice(kinds)) for i in range(rng.choice((1, 1, 1, 2)))]
     return tuple(made)
 
 
 def _input(rng: random.Random, name: str, kind: str) -> Input:
     sides = (4, 5, 6, 7, 8)
+    if kind == "large":  # where slicing may be cheaper than gathering
+        return Input(name, (rng.choice((2, 3, 4)), rng.choice((18, 24)), rng.choice((20, 24))))
     if kind == "image":
         return Input(name, (rng.choice((1, 2, 3, 4)), rng.choice(sides), rng.choice(sides)))
     if kind == "sequence":

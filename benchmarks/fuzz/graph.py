@@ -45,7 +45,7 @@ class Graph:
     inputs: tuple[Input, ...]
     steps: tuple[Step, ...] = ()
     outputs: tuple[str, ...] = ()
-    form: str = "tensor"  # what forward returns: tensor, tuple, list, dict
+    form: str = "tensor"  # what forward returns: tensor, tuple, list, dict, nested, twice
     zeros: tuple[Zero, ...] = ()
     batch: int = 2
     other: int = 3  # the second batch size that is compared

@@ -19,6 +19,7 @@ import zlib
 import torch
 import torch.nn.functional as F
 import torch.nn.utils.prune
+import torch.utils.checkpoint
 from torch import nn
 
 import upscale
@@ -63,6 +64,8 @@ def copied(args):
 def tensors(value):
     if isinstance(value, torch.Tensor):
         return [value]
+    if not isinstance(value, (dict, list, tuple)):
+        return []
     return [t for part in (value.values() if isinstance(value, dict) else value) for t in tensors(part)]
 
 

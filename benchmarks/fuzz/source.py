@@ -10,9 +10,17 @@ import torch
 from torch import nn
 
 from .build import NAMESPACE, Builder, fill
+from .classes import needed_by
 from .graph import Graph, Zero
 
-RETURNS = {"tensor": "{0}", "tuple": "({all},)", "list": "[{all}]", "dict": "{{{named}}}"}
+RETURNS = {
+    "tensor": "{0}",
+    "tuple": "({all},)",
+    "list": "[{all}]",
+    "dict": "{{{named}}}",
+    "nested": '{{"first": {0}, "rest": ({all}, [None, 3])}}',
+    "twice": "({0}, {all})",
+}
 
 
 def network(builder: Builder, graph: Graph) -> str:
@@ -20,10 +28,15 @@ def network(builder: Builder, graph: Graph) -> str:
     named = ", ".join(f'"o{i}": {name}' for i, name in enumerate(graph.outputs))
     form = graph.form if graph.form != "tensor" or len(graph.outputs) == 1 else "tuple"
     value = RETURNS[form].format(graph.outputs[0], all=", ".join(graph.outputs), named=named)
-    lines = ["class Net(nn.Module):", "    def __init__(self):", "        super().__init__()"]
+    lines = [
+        *needed_by("\n".join(builder.init)).splitlines(),
+        "class Net(nn.Module):",
+        "    def __init__(self):",
+        "        super().__init__()",
+    ]
     lines += [f"        {line}" for line in builder.init]
     lines += ["", f"    def forward(self, {', '.join(builder.inputs)}):"]
-    lines += [f"        {line}" for line in builder.body]
+    lines += [f"        {line}" for block in builder.body for line in block.splitlines()]
     return "\n".join([*lines, f"        return {value}", ""])
 
 

@@ -140,6 +140,8 @@ class _Lowering:
         f = self.nodes[node]
         if isinstance(f.effect, Pointwise) and (same := self._without_zeros(node, f)) is not None:
             return same
+        if node.name in self.plan.partial:
+            return self._added_in_part(node)
         swap: dict[Node, Node] = {}
         changes: dict[str, Any] = {}
         layout = self.plan.layouts[node.name]
@@ -151,6 +153,26 @@ class _Lowering:
         if isinstance(f.effect, Movement) and f.effect.size_arg is not None and not layout.is_whole:
             changes[f.effect.size_arg] = self._sizes(node, f.effect.size_arg)
         return self._call(node, swap, changes)
+
+    def _added_in_part(self, node: Node) -> Node:
+        """``base + part`` where ``part`` has only some of the channels: a run of them, or listed ones."""
+        ((name, places),) = self.plan.partial[node.name].items()
+        layout = self.plan.layouts[node.name]
+        base, part = (self._value(node, n) for n in sorted(node.all_input_nodes, key=lambda n: n.name == name))
+        start, end, count = places[0], places[-1] + 1, len(layout.positions)
+        if end - start == len(places) == count:
+            new = self._insert(torch.add, (base, part))
+        elif end - start == len(places):
+            runs = [(0, start), (start, len(places)), (end, count - end)]
+            cut = [self._insert(torch.narrow, (base, layout.dim, *run)) if run[1] else None for run in runs]
+            middle = self._insert(torch.add, (cut[1], part))
+            pieces = [piece for piece in (cut[0], middle, cut[2]) if piece is not None]
+            new = self._insert(torch.cat, (pieces, layout.dim))
+        else:
+            index = torch.tensor(places, dtype=torch.int64, device=self._device())
+            new = self._insert(torch.index_add, (base, layout.dim, self._register("index", index, "constant"), part))
+        new.meta = {k: v for k, v in node.meta.items() if k != "val"} | {"origin": node.name, "rewritten": True}
+        return new
 
     def _slice(self, node: Node, parameter: Node, dim: int) -> Node:
         old = self._tensor(parameter)

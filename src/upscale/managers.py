@@ -70,7 +70,7 @@ class PruningManager:
             named_in, named_out = checked("pruned_inputs", pruned_inputs), checked("pruned_outputs", pruned_outputs)
             program, self._only = zeroed_by_name(program, named_in, named_out)
         if constrained:
-            program, self._only = grown(program, analyse_flow(program, self._only))
+            program, self._only = grown(program, analyse_flow(program, self._only, partial=False))
         self._masked = program
         self._reorder = bool(reorder_producer and reorder_consumer)
         return self

@@ -169,7 +169,7 @@ def _may_write(source: Any) -> bool:
     """True where a layer may overwrite its input: a fresh tensor that nothing else reads, or a view of only that."""
     while isinstance(source, fx.Node) and source.op == "call_function" and len(source.users) == 1:
         if targets_of(source) or not isinstance(source.target, torch._ops.OpOverload):
-            return source.target in (torch.cat, torch.index_select)
+            return source.target in (torch.add, torch.cat, torch.index_add, torch.index_select)
         schema = source.target._schema
         view = any(result.alias_info is not None for result in schema.returns)
         if not view and schema.name.removeprefix("aten::") not in _MAY_RETURN_ARGUMENT:

@@ -108,7 +108,7 @@ def segments(
     group's ``k``-th channel (int64, one column per repetition, -1 for none). Channels that a barrier, a model output
     or a normalisation over channels reads are in no group.
     """
-    flow = analyse_flow(capture(model, args, kwargs))
+    flow = analyse_flow(capture(model, args, kwargs), partial=False)
     shared = sharing(flow)
     members: dict[int, list[Port]] = defaultdict(list)
     for port in shared.ports:

@@ -1,6 +1,7 @@
 """Calls in other words, with exactly the same result: one spelling for each thing that the flow rules have to know.
 
-``x @ weight.T + bias`` and ``addmm(bias, x, weight.T)`` are ``linear``; ``x.expand_as(y)`` is ``x.expand(sizes)``.
+``x @ weight.T + bias`` and ``addmm(bias, x, weight.T)`` are ``linear``; ``x.expand_as(y)`` is ``x.expand(sizes)``, and
+``multiply`` is ``mul``.
 """
 
 from __future__ import annotations
@@ -16,13 +17,36 @@ from upscale.importing import Imported
 _aten = torch.ops.aten
 
 
+#: Other names of the same operator, with the same arguments.
+_SAME: dict[Any, Any] = {
+    _aten.multiply.Tensor: _aten.mul.Tensor,
+    _aten.multiply.Scalar: _aten.mul.Scalar,
+    _aten.divide.Tensor: _aten.div.Tensor,
+    _aten.divide.Scalar: _aten.div.Scalar,
+    _aten.true_divide.Tensor: _aten.div.Tensor,
+    _aten.subtract.Tensor: _aten.sub.Tensor,
+    _aten.subtract.Scalar: _aten.sub.Scalar,
+    _aten.concat.default: _aten.cat.default,
+    _aten.concatenate.default: _aten.cat.default,
+    _aten.absolute.default: _aten.abs.default,
+    _aten.negative.default: _aten.neg.default,
+}
+#: What takes its sizes from another tensor, and what takes them as numbers.
+_AS_ANOTHER: dict[Any, Any] = {
+    _aten.expand_as.default: _aten.expand.default,
+    _aten.reshape_as.default: _aten.reshape.default,
+    _aten.view_as.default: _aten.view.default,
+}
+
+
 def normalise_spelling(imported: Imported) -> None:
-    """Replace matrix products with a transposed parameter by ``linear``, ``expand_as`` by ``expand``."""
+    """Replace matrix products with a transposed parameter by ``linear``, ``expand_as`` by ``expand``, and so on."""
     for node in list(imported.graph.nodes):
         if node.op != "call_function":
             continue
-        if node.target is _aten.expand_as.default:
-            _expand(imported, node)
+        node.target = _SAME.get(node.target, node.target)
+        if node.target in _AS_ANOTHER:
+            _spell_sizes(imported, node)
         elif node.target is _aten.linear.default and (stored := _transposed(node.args[1])) is not None:
             _multiply(imported, node, stored)
         elif node.target in (_aten.matmul.default, _aten.mm.default):
@@ -84,7 +108,7 @@ def _multiply(imported: Imported, node: fx.Node, weight: fx.Node) -> None:
     node.replace_all_uses_with(made)
 
 
-def _expand(imported: Imported, node: fx.Node) -> None:
+def _spell_sizes(imported: Imported, node: fx.Node) -> None:
     """``expand_as`` reads but the sizes of the other tensor: with these spelled out, its channels may go."""
     source, like = node.args
     assert isinstance(like, fx.Node)
@@ -96,6 +120,6 @@ def _expand(imported: Imported, node: fx.Node) -> None:
                 made.meta = {"val": size}
                 size = made
             sizes.append(size)
-        expanded = imported.graph.call_function(_aten.expand.default, (source, sizes))
-    expanded.meta = dict(node.meta)
-    node.replace_all_uses_with(expanded)
+        made = imported.graph.call_function(_AS_ANOTHER[node.target], (source, sizes))
+    made.meta = dict(node.meta)
+    node.replace_all_uses_with(made)

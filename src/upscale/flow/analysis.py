@@ -9,6 +9,7 @@ from itertools import islice, product
 import numpy as np
 import torch
 from torch.fx import Node
+from torch.fx.node import map_arg
 
 from ..program import Program
 from .effects import (
@@ -73,7 +74,17 @@ class _Analysis:
         return found.channels if found is not None and found.kind != "list" else None
 
     def value(self, node: Node) -> torch.Tensor | None:
-        return self.program.tensors[str(node.target)] if node.op == "get_attr" else None
+        """The value of a parameter, a buffer, or what is computed from an index buffer alone."""
+        if node.op == "get_attr":
+            return self.program.tensors[str(node.target)]
+        if node.op != "call_function" or not is_tensor(node) or node.meta["val"].is_floating_point():
+            return None
+        inputs = {n: self.value(n) for n in node.all_input_nodes}
+        if not inputs or any(value is None for value in inputs.values()):
+            return None
+        args, kwargs = map_arg(node.args, inputs.__getitem__), map_arg(node.kwargs, inputs.__getitem__)
+        result: torch.Tensor = node.target(*args, **kwargs)  # type: ignore[operator]
+        return result
 
     def _op(self, node: Node) -> Op:
         schema = getattr(node.target, "_schema", None)

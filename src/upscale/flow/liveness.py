@@ -19,11 +19,15 @@ from .effects import Constants, Contract, Folded, PerChannel, Pointwise, is_tens
 from .groups import grouped_inputs, grouped_rows
 from .model import Demand, Flow, FlowNode, Link, Support
 
+# An operand joins an addition in part only where at least this share of its channels is zero: it costs a copy.
+LEAST_ZERO = 1 / 16
 
-def analyse_flow(program: Program, only: Mapping[str, torch.Tensor] | None = None) -> Flow:
+
+def analyse_flow(program: Program, only: Mapping[str, torch.Tensor] | None = None, partial: bool = True) -> Flow:
     """Labels, constants and liveness of a captured program.
 
     ``only``: where given, a weight's zeros count only at these entries (weight name -> bool of its shape).
+    ``partial``: an addition may take the channels of an operand that are not zero, and leave out the others.
     """
     nodes = analyse(program)
     supports = {
@@ -32,18 +36,23 @@ def analyse_flow(program: Program, only: Mapping[str, torch.Tensor] | None = Non
         if isinstance(f.effect, Contract) and f.kind == "fresh"
     }
     constants = find_constants(program, nodes, supports)
-    return _Liveness(nodes, constants, supports).run()
+    return _Liveness(nodes, constants, supports, partial).run()
 
 
 class _Liveness:
     def __init__(
-        self, nodes: dict[Node, FlowNode], constants: dict[Node, Constants | None], supports: dict[Node, Support]
+        self,
+        nodes: dict[Node, FlowNode],
+        constants: dict[Node, Constants | None],
+        supports: dict[Node, Support],
+        allow_partial: bool,
     ) -> None:
-        self.nodes, self.constants, self.supports = nodes, constants, supports
+        self.nodes, self.constants, self.supports, self.allow_partial = nodes, constants, supports, allow_partial
         self.live = {n: np.zeros(f.channels.size, dtype=bool) for n, f in nodes.items() if f.channels is not None}
         self.used: set[Node] = set()
         self.demands: dict[Node, Demand] = {}
         self.replaced: set[tuple[Node, Node]] = set()
+        self.partial: dict[tuple[Node, Node], np.ndarray] = {}
         self.twins: dict[tuple[str, str], np.ndarray] = {}  # (name, side) -> channels that any of the twins needs
 
     def run(self) -> Flow:
@@ -54,11 +63,12 @@ class _Liveness:
                 break
         masked = {n: not (s.used.any(0).all() and s.used.any(1).all()) for n, s in self.supports.items()}
         used, replaced = frozenset(self.used), frozenset(self.replaced)
-        return Flow(self.nodes, self.constants, self.live, used, self.demands, replaced, masked, self._depends())
+        depends = self._depends()
+        return Flow(self.nodes, self.constants, self.live, used, self.demands, replaced, self.partial, masked, depends)
 
     def _pass(self) -> None:
         """Every node once, readers before what they read."""
-        self.demands, self.replaced = {}, set()
+        self.demands, self.replaced, self.partial = {}, set(), {}
         for node, flow in reversed(self.nodes.items()):
             if node.op in ("output", "placeholder") or _writes(node):
                 self.used.add(node)
@@ -131,11 +141,45 @@ class _Liveness:
         for link in flow.links:
             if self._replaceable(node, flow, link, live):
                 self.replaced.add((node, link.operand))
+        in_part = self._joins_in_part(node, flow, live)
+        for link in flow.links:
+            if (node, link.operand) in self.replaced:
                 continue
             needed = live & ~self._blocked(flow, own, link)
+            if link is in_part:
+                needed &= ~self._zeros(link)
             if not needed.any() and live.any():
                 needed[np.flatnonzero(live)[0]] = True  # the values do not matter, but the call needs its operand
+            if link is in_part:
+                self.partial[node, link.operand] = needed
             self._need(link, needed)
+
+    def _is_parameter(self, node: Node) -> bool:
+        """A parameter, or computed from parameters alone: known, but to be trained further."""
+        channels = self.nodes[node].channels
+        return node.op == "get_attr" or (channels is not None and channels.weak)
+
+    def _joins_in_part(self, node: Node, flow: FlowNode, live: np.ndarray) -> Link | None:
+        """The operand of an addition with enough channels that are zero: only the others are added."""
+        if not self.allow_partial or node.target is not torch.ops.aten.add.Tensor or node.kwargs or flow.pinned:
+            return None
+        links = [k for k in flow.links if not k.anchored and not self._is_parameter(k.operand)]
+        shape = node.meta["val"].shape
+        if len(links) != 2 or any(k.operand.meta["val"].shape != shape for k in links):
+            return None
+        if any((node, k.operand) in self.replaced for k in links):
+            return None
+        counts = [int((self._zeros(k) & live).sum()) for k in links]
+        chosen = int(np.argmax(counts))
+        return links[chosen] if counts[chosen] >= max(1.0, LEAST_ZERO * live.sum()) else None
+
+    def _zeros(self, link: Link) -> np.ndarray:
+        """Positions at which an operand is known to be zero."""
+        operand = self.constants.get(link.operand)
+        if operand is None:
+            return np.zeros(len(link.positions), dtype=bool)
+        zero: np.ndarray = (operand.value == 0).numpy()[np.maximum(link.positions, 0)]
+        return zero & self._known(link)
 
     def _blocked(self, flow: FlowNode, own: Constants | None, link: Link) -> np.ndarray:
         """Positions whose value is known without knowing this operand: zero times anything, a zero scale."""
@@ -153,7 +197,7 @@ class _Liveness:
     def _replaceable(self, node: Node, flow: FlowNode, link: Link, live: np.ndarray) -> bool:
         """A computed operand that is constant in every live channel becomes numbers, if another operand still gives
         the result its shape."""
-        if not isinstance(flow.effect, Pointwise) or link.operand.op == "get_attr" or link.anchored or flow.pinned:
+        if not isinstance(flow.effect, Pointwise) or link.anchored or flow.pinned or self._is_parameter(link.operand):
             return False
         if not bool(self._known(link)[live].all()):
             return False

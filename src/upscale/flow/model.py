@@ -122,5 +122,6 @@ class Flow:
     used: frozenset[Node]
     demands: dict[Node, Demand]
     replaced: frozenset[tuple[Node, Node]]  # (reader, operand): the operand is a known constant to this reader
+    partial: dict[tuple[Node, Node], np.ndarray]  # (addition, operand): the result's channels to which it adds
     masked: dict[Node, bool]  # contractions: whether any input column or row is zero
     depends: bool  # whether the output still depends on the input

@@ -51,11 +51,17 @@ def resample(op: Op) -> Effect:
     return _inside(op, _spatial(op), keep)
 
 
-@rule(*names("aten", "mean.dim amax amin sum.dim_IntList var.correction std.correction logsumexp"))
+@rule(
+    *names(
+        "aten",
+        "mean.dim amax amin sum.dim_IntList var.correction std.correction var.dim std.dim logsumexp prod.dim_int "
+        "linalg_vector_norm norm.ScalarOpt_dim any.dim all.dim",
+    )
+)
 def reduce(op: Op) -> Effect:
     x = op.operand
     rank, dims = op.rank(x), op["dim"]
-    dims = [dims] if isinstance(dims, int) else (list(range(rank)) if not dims else dims)
+    dims = [dims] if isinstance(dims, int) else (list(range(rank)) if dims is None or len(dims) == 0 else dims)
     reduced = sorted({d % rank for d in dims}) if rank else []
     channels = op.channels_of(x)
     if channels is None or channels.dim in reduced:

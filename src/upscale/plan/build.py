@@ -46,6 +46,7 @@ class _Builder:
         self.contractions: dict[str, Contraction] = {}
         self.constants: dict[str, dict[str, tuple[float, ...]]] = {}
         self.choices: list[Choice] = []
+        self.partial: dict[str, dict[str, tuple[int, ...]]] = {}
 
     def run(self) -> Plan:
         for node in self.kept.stored:
@@ -62,6 +63,7 @@ class _Builder:
             self.reads,
             self.contractions,
             self.constants,
+            self.partial,
             virtual,
             dead,
             self._barriers(),
@@ -122,6 +124,8 @@ class _Builder:
             for link in f.links:
                 if (node, link.operand) in self.flow.replaced:
                     self._replace(node, link)
+                elif (node, link.operand) in self.flow.partial:
+                    self._read_in_part(node, link)
                 else:
                     self._read(node, link, self._link_positions(f, link))
         for operand, ordered in f.whole:
@@ -135,6 +139,13 @@ class _Builder:
             for n in node.all_input_nodes:
                 if self.flow.nodes[n].channels is not None and self.flow.nodes[n].kind != "list":
                     self._read_whole(node, n, ordered=not isinstance(f.effect, Barrier) or f.effect.ordered)
+
+    def _read_in_part(self, node: Node, link: Link) -> None:
+        """An addition takes the channels of an operand that are not zero."""
+        positions = self.positions[node]
+        joins = self.flow.partial[node, link.operand][positions]
+        self._read(node, link, link.positions[positions[joins]])
+        self.partial.setdefault(node.name, {})[link.operand.name] = tuple(np.flatnonzero(joins).tolist())
 
     def _dim(self, node: Node) -> int:
         channels = self.flow.nodes[node].channels

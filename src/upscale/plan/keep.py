@@ -127,7 +127,8 @@ class _Decision:
             self._want(links[0], live, tie=False, reader=f)
             return
         for link in links:
-            self._want(link, np.ones(len(live), dtype=bool), tie=True, reader=f)
+            wanted = self.flow.partial.get((node, link.operand), np.ones(len(live), dtype=bool))
+            self._want(link, wanted, tie=True, reader=f)
 
     def _can_hoist(self, f: FlowNode, links: list[Link]) -> bool:
         """A transit reads just what its readers read, where they all read the same: their reads become whole."""

@@ -93,6 +93,8 @@ class Plan:
     reads: dict[str, dict[str, Read]] = field(default_factory=dict)  # reader -> operand -> read
     contractions: dict[str, Contraction] = field(default_factory=dict)
     constants: dict[str, dict[str, tuple[float, ...]]] = field(default_factory=dict)  # reader -> operand -> values
+    # addition -> operand -> the places in the result's layout to which it adds; elsewhere it is zero
+    partial: dict[str, dict[str, tuple[int, ...]]] = field(default_factory=dict)
     virtual: tuple[str, ...] = ()  # nodes that are never executed: their readers read through them
     dead: tuple[str, ...] = ()  # nodes whose result nobody needs
     barriers: tuple[tuple[str, str, str], ...] = ()  # (where, operator, reason)
@@ -114,6 +116,7 @@ class Plan:
             reads={r: {o: _read(v) for o, v in by.items()} for r, by in data["reads"].items()},
             contractions={k: _contraction(v) for k, v in data["contractions"].items()},
             constants={r: {o: tuple(v) for o, v in by.items()} for r, by in data["constants"].items()},
+            partial={r: {o: tuple(v) for o, v in by.items()} for r, by in data["partial"].items()},
             virtual=tuple(data["virtual"]),
             dead=tuple(data["dead"]),
             barriers=tuple(tuple(b) for b in data["barriers"]),
