@@ -216,3 +216,16 @@ def test_other_spellings_are_known() -> None:
     pruned = exported(net, values(2, 3, 3, 3), {"b.weight": [1, 4]})
     assert (pruned.a.out_channels, pruned.b.in_channels) == (3, 3)
     assert not pruned.report.barriers
+
+
+def test_a_gain_computed_from_a_parameter_stays_a_parameter() -> None:
+    net = Net(
+        lambda net, x: net.b((1 + net.gain) * net.a(x)),
+        {"gain": nn.Parameter(torch.empty(6))},
+        a=nn.Linear(3, 6),
+        b=nn.Linear(6, 2),
+    )
+    pruned = exported(net, values(2, 3), {"b.weight": [1, 4]})
+    assert pruned.gain.shape == (4,)
+    pruned(values(2, 3)).sum().backward()
+    assert bool(pruned.gain.grad.any())

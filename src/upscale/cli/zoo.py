@@ -16,7 +16,7 @@ from ..zoo.markdown import write_markdown
 from ..zoo.process import Limits
 from ..zoo.rows import BadTableError, Row, Settings, read_rows
 from ..zoo.run import Run, Trial, UnknownModelError, choose, left
-from ..zoo.show import line, summary, table
+from ..zoo.show import failures, line, summary, table
 from ..zoo.suite_file import FORMAT
 from ..zoo.suites import BUILT_IN, SuiteError, load_suite
 from .errors import UsageError
@@ -159,6 +159,8 @@ def _conclude(out: Path, trials: Sequence[Trial], markdown: Path | None) -> int:
     rows: list[Row] = [row for row in read_rows(out) if row.key in wanted]
     console = Console()
     console.print(table(rows))
+    if told := failures(rows):
+        console.print(told, style="red", highlight=False, markup=False)
     console.print(summary(rows), highlight=False)
     console.print(f"written to {out}", highlight=False)
     if markdown is not None:

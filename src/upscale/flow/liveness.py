@@ -154,11 +154,16 @@ class _Liveness:
                 self.partial[node, link.operand] = needed
             self._need(link, needed)
 
+    def _is_parameter(self, node: Node) -> bool:
+        """A parameter, or computed from parameters alone: known, but to be trained further."""
+        channels = self.nodes[node].channels
+        return node.op == "get_attr" or (channels is not None and channels.weak)
+
     def _joins_in_part(self, node: Node, flow: FlowNode, live: np.ndarray) -> Link | None:
         """The operand of an addition with enough channels that are zero: only the others are added."""
         if not self.allow_partial or node.target is not torch.ops.aten.add.Tensor or node.kwargs or flow.pinned:
             return None
-        links = [k for k in flow.links if not k.anchored and k.operand.op != "get_attr"]
+        links = [k for k in flow.links if not k.anchored and not self._is_parameter(k.operand)]
         shape = node.meta["val"].shape
         if len(links) != 2 or any(k.operand.meta["val"].shape != shape for k in links):
             return None
@@ -192,7 +197,7 @@ class _Liveness:
     def _replaceable(self, node: Node, flow: FlowNode, link: Link, live: np.ndarray) -> bool:
         """A computed operand that is constant in every live channel becomes numbers, if another operand still gives
         the result its shape."""
-        if not isinstance(flow.effect, Pointwise) or link.operand.op == "get_attr" or link.anchored or flow.pinned:
+        if not isinstance(flow.effect, Pointwise) or link.anchored or flow.pinned or self._is_parameter(link.operand):
             return False
         if not bool(self._known(link)[live].all()):
             return False

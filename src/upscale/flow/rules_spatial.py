@@ -55,7 +55,7 @@ def resample(op: Op) -> Effect:
     *names(
         "aten",
         "mean.dim amax amin sum.dim_IntList var.correction std.correction var.dim std.dim logsumexp prod.dim_int "
-        "linalg_vector_norm norm.ScalarOpt_dim any.dim all.dim argmax argmin",
+        "linalg_vector_norm norm.ScalarOpt_dim any.dim all.dim",
     )
 )
 def reduce(op: Op) -> Effect:

@@ -14,6 +14,7 @@ from ..flow.effects import size_of
 from .keep import Kept
 from .order import Wish, order_block
 from .sources import locate
+from .union import DisjointSets
 
 
 @dataclass(frozen=True)
@@ -52,15 +53,16 @@ def _fixed_classes(kept: Kept, total: int) -> np.ndarray:
 
 
 def _blocks(flow: Flow, kept: Kept) -> list[np.ndarray]:
-    """Kept classes grouped by the set of source tensors they stem from, in original order.
+    """Kept classes grouped by the set of places they stem from, in original order.
 
-    Sources are contractions, parameters and concatenations' fills: all places where channels begin. Keeping such a
-    group together keeps every concatenated producer contiguous.
+    A place is a contraction, a parameter or a concatenation's fill, all those together whose channels pair up
+    elementwise. Keeping such a group together keeps every concatenated producer contiguous.
     """
     total = 1 + max((int(o.max()) for o in kept.order.values() if len(o)), default=0)
     first = np.full(total, total, dtype=np.int64)  # when a class is met first, going from the widest tensor on
     alive = np.zeros(total, dtype=bool)
-    signature = np.zeros(total, dtype=np.uint64)
+    places: dict[int, list[np.ndarray]] = defaultdict(list)
+    home = _paired(flow, kept)
     met = 0
     for node in sorted(kept.stored, key=lambda n: -len(kept.order[n])):
         classes = kept.order[node]
@@ -69,14 +71,31 @@ def _blocks(flow: Flow, kept: Kept) -> list[np.ndarray]:
         first[new] = met + where
         met += len(classes)
         if flow.nodes[node].kind in ("fresh", "concat"):
-            held = np.unique(classes)
-            signature[held] = signature[held] * np.uint64(1_000_003) + np.uint64(met)
+            places[home[node]].append(classes)
+    signature = np.zeros(total, dtype=np.uint64)
+    for number, held in enumerate(places.values(), start=1):
+        classes = np.unique(np.concatenate(held))
+        signature[classes] = signature[classes] * np.uint64(1_000_003) + np.uint64(number)
     ordered = np.flatnonzero(alive)
     ordered = ordered[np.argsort(first[ordered], kind="stable")]
     groups: dict[int, list[int]] = defaultdict(list)
     for c, s in zip(ordered.tolist(), signature[ordered].tolist(), strict=True):
         groups[s].append(c)
     return [np.array(g) for g in groups.values()]
+
+
+def _paired(flow: Flow, kept: Kept) -> dict[Node, int]:
+    """A number for every stored tensor, the same where tensors pair elementwise: the two sides of an addition."""
+    numbers = {n: i for i, n in enumerate(kept.stored)}
+    sets = DisjointSets(len(numbers))
+    for node in kept.stored:
+        f = flow.nodes[node]
+        if f.kind in ("transit", "split"):
+            for link in f.links:
+                if not link.anchored and link.operand in numbers:
+                    sets.join(np.array([numbers[node]]), np.array([numbers[link.operand]]))
+    roots = sets.roots()
+    return {n: int(roots[i]) for n, i in numbers.items()}
 
 
 def find_parts(flow: Flow, kept: Kept) -> dict[Node, np.ndarray]:

@@ -89,7 +89,8 @@ def table(rows: Sequence[Row]) -> Table:
     """All rows, as a table of rich's."""
     shown = Table(title="coverage", title_justify="left")
     for name in ("suite", "model", "result", "dtype", "parameters", "FLOPs", "masked", "reads", "barriers", "s", "MB"):
-        shown.add_column(name, overflow="fold")
+        # one line a model; the file has it all
+        shown.add_column(name, overflow="ellipsis", no_wrap=True, min_width={"model": 26, "result": 11}.get(name))
     for row in rows:
         cells = [row.suite, row.model, verdict(row), row.dtype]
         if row.good:
@@ -97,9 +98,14 @@ def table(rows: Sequence[Row]) -> Table:
             cells += [f"{percent(row.channels_removed)} of {row.masked_channels}", row.reads, row.barriers]
             cells += [f"{seconds(row.capture_s)} + {seconds(row.export_s)}", f"{row.peak_mb or 0:.0f}"]
         else:
-            cells += ["", "", "", row.stage, row.reason[:200], "", f"{row.peak_mb or 0:.0f}"]
+            cells += ["", "", "", "", "", "", f"{row.peak_mb or 0:.0f}"]
         shown.add_row(*(escape(cell) for cell in cells), style=None if row.good else "red")
     return shown
+
+
+def failures(rows: Sequence[Row]) -> str:
+    """One line for each model that failed: where, and why."""
+    return "\n".join(f"{r.model}: {r.stage + ': ' if r.stage else ''}{r.reason}" for r in rows if not r.good)
 
 
 def summary(rows: Sequence[Row]) -> str:

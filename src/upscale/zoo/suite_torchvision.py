@@ -11,6 +11,7 @@ from .lenient import import_torchvision
 from .subject import Subject
 
 _SIZES = {"inception_v3": 96, "maxvit_t": 224, "vit_b_32": 128, "vit_l_32": 128, "s3d": 224}
+_SIZES |= {"mvit_v1_b": 224, "mvit_v2_s": 224}  # positions for no other size
 _BACKBONE = ".backbone"
 
 
@@ -59,8 +60,6 @@ def _options(name: str, kind: str) -> dict[str, Any]:
         options["weights_backbone"] = None
     if name.startswith("vit"):
         options["image_size"] = _size(name)
-    if name.startswith("mvit"):
-        options["spatial_size"] = (64, 64)
     return options
 
 
