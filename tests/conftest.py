@@ -14,6 +14,7 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def _seeded() -> None:
-    """Every test starts from the same random state, alone or in any order."""
+def _same_start() -> None:
+    """Every test starts from the same random state and with gradients on, alone or in any order."""
     torch.manual_seed(0)
+    torch.set_grad_enabled(True)

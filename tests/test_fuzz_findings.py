@@ -34,6 +34,7 @@ class Net(nn.Module):
 
 
 def values(*shape: int) -> Tensor:
+    """Normally distributed, always the same."""
     return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
 
 
@@ -120,7 +121,7 @@ def test_a_part_in_the_original_order_of_a_list_that_was_reordered() -> None:
 def test_a_gain_computed_from_a_parameter_along_any_dimension(shape: tuple[int, int]) -> None:
     net = Net(
         lambda net, x: net.b((1 + net.gain) * net.a(x)),
-        {"gain": nn.Parameter(torch.empty(shape))},
+        {"gain": nn.Parameter(values(*shape))},
         a=nn.Linear(3, 2),
         b=nn.Linear(2, 3),
     )
@@ -135,7 +136,7 @@ def test_a_product_with_a_parameter_that_has_a_group_dimension() -> None:
 
     net = Net(
         run,
-        {"weight": nn.Parameter(torch.empty(2, 4, 3))},
+        {"weight": nn.Parameter(values(2, 4, 3))},
         a=nn.Conv2d(3, 6, 1),
         b=nn.Conv1d(8, 2, 1),
     )
@@ -221,7 +222,7 @@ def test_other_spellings_are_known() -> None:
 def test_a_gain_computed_from_a_parameter_stays_a_parameter() -> None:
     net = Net(
         lambda net, x: net.b((1 + net.gain) * net.a(x)),
-        {"gain": nn.Parameter(torch.empty(6))},
+        {"gain": nn.Parameter(values(6))},
         a=nn.Linear(3, 6),
         b=nn.Linear(6, 2),
     )

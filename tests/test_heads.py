@@ -150,8 +150,8 @@ class Product(nn.Module):
         self.kind = kind
         self.stem, self.head = nn.Linear(6, 8), nn.Linear(7, 3)
         rows = kind in ("transposed", "addmm_transposed")
-        self.weight = nn.Parameter(torch.empty((7, 8) if rows else (8, 7)))
-        self.bias = nn.Parameter(torch.empty(7))
+        self.weight = nn.Parameter(torch.ones((7, 8) if rows else (8, 7)))
+        self.bias = nn.Parameter(torch.ones(7))
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(self.stem(x))

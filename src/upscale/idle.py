@@ -111,7 +111,7 @@ def is_frozen_norm(module: nn.Module | None) -> bool | None:
     """
     if not isinstance(module, nn.modules.batchnorm._NormBase) or module.running_mean is None:
         return False
-    if all(getattr(type(module), name).__module__.startswith("torch.nn.") for name in ("forward", "train")):
+    if all((getattr(type(module), name).__module__ or "").startswith("torch.nn.") for name in ("forward", "train")):
         return False
     try:
         probe = copy.deepcopy(module)

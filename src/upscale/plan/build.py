@@ -38,6 +38,7 @@ def make_plan(flow: Flow, mode: Mode = "auto", reorder: bool = True) -> Plan:
 class _Builder:
     def __init__(self, flow: Flow, kept: Kept, mode: Mode, reorder: bool) -> None:
         self.flow, self.kept, self.mode = flow, kept, mode
+        self.reorder = reorder
         self.rank = rank_classes(flow, kept, reorder)
         self.parts = find_parts(flow, kept)
         self.positions: dict[Node, np.ndarray] = {}  # layout of every stored tensor
@@ -83,7 +84,7 @@ class _Builder:
             units = f.channels.units
             mine = np.flatnonzero(self.kept.kept[node][units])
             positions = mine
-            if node not in self.kept.ordered:
+            if self.reorder and node not in self.kept.ordered:
                 rank = self.rank[self.kept.order[node][units[mine]]]
                 positions = mine[np.lexsort((mine, rank, self._parts(node)[mine]))]
         self.positions[node] = positions
@@ -102,7 +103,8 @@ class _Builder:
         count = f.channels.size // (outer * inner)
         unit = f.channels.units[np.arange(count) * inner]  # of every channel of the operand
         mine = np.flatnonzero(self.kept.kept[node][unit])
-        mine = mine[np.lexsort((mine, self.rank[self.kept.order[node][unit[mine]]]))]
+        if self.reorder:
+            mine = mine[np.lexsort((mine, self.rank[self.kept.order[node][unit[mine]]]))]
         grid = np.arange(outer)[:, None, None] * count + mine[None, :, None]
         return (grid * inner + np.arange(inner)).reshape(-1)
 
