@@ -230,3 +230,24 @@ def test_a_gain_computed_from_a_parameter_stays_a_parameter() -> None:
     assert pruned.gain.shape == (4,)
     pruned(values(2, 3)).sum().backward()
     assert bool(pruned.gain.grad.any())
+
+
+def test_blocks_that_lie_apart_and_are_all_kept_are_moved_as_written() -> None:
+    """Two halves added up: a block is channels ``c`` and ``c + 2``, and nothing of them is gone."""
+
+    def run(net: Any, x: Tensor) -> Tensor:
+        halves = F.relu(net.a(x)).view(-1, 2, 2, 3, 3)
+        gate = torch.sigmoid(net.b(halves.sum(1).mean((2, 3), keepdim=True)))
+        return (halves * gate.unsqueeze(1)).sum(1)
+
+    net = Net(run, a=nn.Conv2d(3, 4, 1), b=nn.Conv2d(2, 2, 1))
+    exported(net, values(2, 3, 3, 3), {"b.weight": [1]})
+
+
+def test_a_weight_shared_by_a_call_with_and_one_without_bias() -> None:
+    net = Net(
+        lambda net, x: F.conv2d(torch.relu(net.b(torch.relu(net.a(x)))), net.b.weight, None, 1, 1),
+        a=nn.Conv2d(3, 4, 1),
+        b=nn.Conv2d(4, 4, 3, padding=1),
+    )
+    exported(net, values(2, 3, 4, 4), {"b.weight": [2]})

@@ -107,7 +107,7 @@ class _Lowering:
             assert isinstance(operand, Node)
             return self._call(node, {operand: read})
         if whole:
-            return self._as_written(node)
+            return self._as_written(node, {link.operand: self._stored(link.operand)})
         shape = (len(self.plan.layouts[node.name].positions), link.positions.shape[1])
         dim, flat = link.dim, read
         if split.flatten is not None:
@@ -121,12 +121,12 @@ class _Lowering:
         new.meta["origin"] = node.name
         return new
 
-    def _as_written(self, node: Node) -> Node:
-        """A chain of movements from a tensor that is whole, link by link."""
+    def _as_written(self, node: Node, start: dict[Node, Node]) -> Node:
+        """A chain of movements from a tensor that is whole (``start``: as it is stored), link by link."""
         for operand in node.all_input_nodes:
             if operand.op != "get_attr" and operand.name not in self.env:
-                self.env[operand.name] = self._as_written(operand)
-        return self._plain(node)
+                self.env[operand.name] = self._as_written(operand, start)
+        return self._call(node, start)
 
     def _bias(self, bias: Node, rows: Sequence[int], delta: Sequence[float]) -> Node:
         old = self._tensor(bias)

@@ -21,16 +21,20 @@ def twin_key(node: Node, parameters: Sequence[Node | None]) -> str | None:
     present = [p for p in parameters if p is not None]
     if not is_shared(present):
         return None
-    alike = all(_alike(node, user, present) for p in present for user in p.users)
+    alike = all(_alike(node, user) for p in present for user in p.users)
     return str(present[0].target) if alike else None
 
 
-def _alike(node: Node, other: Node, parameters: Sequence[Node]) -> bool:
-    """Whether two calls are of one operator with the same parameters in the same places."""
+def _alike(node: Node, other: Node) -> bool:
+    """Whether two calls are of one operator with the same tensors of the model in the same places."""
     if other.target is not node.target or len(other.args) != len(node.args):
         return False
     pairs = zip(node.args, other.args, strict=True)
-    return all(a is b for a, b in pairs if a in parameters or b in parameters)
+    return all(a is b for a, b in pairs if _is_of_the_model(a) or _is_of_the_model(b))
+
+
+def _is_of_the_model(argument: object) -> bool:
+    return isinstance(argument, Node) and argument.op == "get_attr"
 
 
 def settle_twins(flow: dict[Node, FlowNode]) -> None:
