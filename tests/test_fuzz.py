@@ -172,7 +172,7 @@ def test_a_planted_fault_is_found_shrunk_and_repeated(monkeypatch: pytest.Monkey
     assert "batch_norm" in [step.op for step in small.steps] and len(small.steps) <= 3
     assert len(small.zeros) <= 1 and small.batch == 2
     script = tmp_path / "failure.py"
-    script.write_text(standalone(small, judge(small), 3))
+    script.write_text(standalone(small, judge(small), "the test"))
     code = [line for line in script.read_text().splitlines() if not line.startswith("#")]
     assert not any("support" in line or "benchmarks" in line for line in code)
     with pytest.raises(AssertionError, match="relative error"):

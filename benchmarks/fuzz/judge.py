@@ -13,7 +13,7 @@ from .case import CapturedCase, Case
 from .catalogue import CATALOGUE
 from .graph import Graph
 from .source import network
-from .verdict import Hang, Verdict, place_of, quiet, time_limit
+from .verdict import Hang, Verdict, mark_of, place_of, quiet, text_of, time_limit
 from .zeros import Masker
 
 
@@ -44,5 +44,7 @@ def judge_more(graph: Graph, count: int, limit: float = 30.0) -> Iterator[tuple[
             verdict = Verdict("hang", place_of(error), f"more than {limit:g} seconds")
         except Reject:
             return
+        except Exception as error:
+            verdict = Verdict("fuzzer error", mark_of(error), text_of(error))
         if verdict is not None:
             yield masked, verdict

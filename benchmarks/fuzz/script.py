@@ -90,7 +90,7 @@ print("no failure")
 """
 
 
-def standalone(graph: Graph, verdict: Verdict, seed: int) -> str:
+def standalone(graph: Graph, verdict: Verdict, command: str) -> str:
     """The script that repeats a failure; it needs torch and upscale only."""
     builder, graph = rebuild(graph, CATALOGUE)
     fields = {
@@ -100,7 +100,7 @@ def standalone(graph: Graph, verdict: Verdict, seed: int) -> str:
         "batch": graph.batch,
         "example": graph.seed + 100,
     }
-    title = [f"{verdict.outcome}: found by `python -m benchmarks.fuzz --seed {seed} --count 1`"]
+    title = [f"{verdict.outcome}: found by `{command}`"]
     title += [line for line in (verdict.mark, *verdict.detail.splitlines()) if line]
     comment = "".join(f"# {line}\n" for line in title)
     calls = "\n".join(_calls(graph, verdict)) + "\n"

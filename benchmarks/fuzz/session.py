@@ -6,7 +6,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from .build import Reject
@@ -55,6 +55,13 @@ class Session:
                 return
             tell(seed, self.example(seed))
 
+    def command(self, seed: int) -> str:
+        """What to type to see the example of a seed again."""
+        given = (("longest", self.longest), ("focus", self.focus), ("masks", self.masks))
+        defaults = {f.name: f.default for f in fields(self)}
+        options = [f" --{name} {value!r}" for name, value in given if value != defaults[name]]
+        return f"python -m benchmarks.fuzz --seed {seed} --count 1{''.join(options)}"
+
     def example(self, seed: int) -> Verdict:
         """Judge the example of one seed."""
         graph = draw(seed, self.longest, self.focus)
@@ -101,7 +108,7 @@ class Session:
         verdict = self._judge(small)
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{verdict.outcome.split(',')[0].replace(' ', '_')}_{seed}.py"
-        path.write_text(standalone(small, verdict, seed))
+        path.write_text(standalone(small, verdict, self.command(seed)))
         self.failures.append(Failure(seed, verdict, small, path))
 
 
