@@ -251,3 +251,21 @@ def test_a_weight_shared_by_a_call_with_and_one_without_bias() -> None:
         b=nn.Conv2d(4, 4, 3, padding=1),
     )
     exported(net, values(2, 3, 4, 4), {"b.weight": [2]})
+
+
+def test_a_diagonal_over_channels_keeps_them() -> None:
+    """It pairs a channel with a place in space: without the channel all others would move on."""
+    net = Net(lambda net, x: net.b(net.a(x).diagonal(0, 1, 3)), a=nn.Conv2d(2, 3, 1), b=nn.Linear(3, 2))
+    pruned = exported(net, values(2, 2, 4, 3), {"b.weight": [0]})
+    assert pruned.a.out_channels == 3
+
+
+def test_a_dead_branch_of_a_concatenation_that_a_softmax_keeps() -> None:
+    def run(net: Any, x: Tensor) -> Tensor:
+        joined = torch.cat([net.dead(x), x], 1)
+        gate = F.softmax(net.gate(joined.mean(2)), 1)
+        return net.head((joined * gate.view(-1, 6, 1)).mean(2))
+
+    net = Net(run, dead=nn.Conv1d(3, 3, 1), gate=nn.Linear(6, 6), head=nn.Linear(6, 2))
+    pruned = exported(net, values(2, 3, 5), {"gate.weight": [0, 1, 2], "head.weight": [0, 1, 2]})
+    assert not hasattr(pruned, "dead")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 import numpy as np
+import torch
 from torch.fx import Node
 
 from . import labels as lab
@@ -80,7 +81,7 @@ class Tracker:
         merge = lab.merge_pattern(moved.positions, channels.size) if operand is ancestor else None
         if not isinstance(node.meta["val"].shape[moved.dim], int):
             return None  # merged with a dimension whose size may change, or picked by values: positions mean nothing
-        if merge is not None and not self._follows(effect, shape, channels.dim, merge):
+        if merge is not None and not self._follows(effect, shape, channels.dim, moved):
             merge = None
         if merge is not None:
             link = Link(operand if through is None else through, channels.dim, moved.positions)
@@ -92,18 +93,30 @@ class Tracker:
             return FlowNode(node, "select", effect, Channels(channels.dim, units, channels.weak), (link,))
         return None
 
-    def _follows(self, effect: Movement, shape: tuple[int, ...], dim: int, merge: tuple[int, int]) -> bool:
-        """Whether the operator as it is does the same when a channel is gone; an index that lists them all does not."""
+    def _follows(self, effect: Movement, shape: tuple[int, ...], dim: int, moved: lab.Moved) -> bool:
+        """Whether the operator as it is does the same when a channel is gone.
+
+        An index that lists all channels does not, nor does a diagonal, which pairs a channel with a place in space.
+        """
         if effect.size_arg is not None or shape[dim] < 2:
             return True  # sizes are rewritten
-        fewer = (*shape[:dim], shape[dim] - 1, *shape[dim + 1 :])
+        # The labels of all channels but the first, and, where elements are left out, the elements themselves.
+        fewer = torch.arange(1, shape[dim])
+        left = torch.from_numpy(np.flatnonzero(moved.positions != 0))
+        labels = lab.channel_labels(shape, dim)
         try:
-            moved = lab.summarise(effect.run(lab.channel_labels(fewer, dim)))
+            whole = effect.run(labels)
+            if whole.numel() != labels.numel():
+                labels = torch.arange(labels.numel(), dtype=torch.int32).view(shape)
+                whole = effect.run(labels)
+                return torch.equal(effect.run(labels.index_select(dim, fewer)), whole.index_select(moved.dim, left))
+            again = effect.run(labels.narrow(dim, 1, shape[dim] - 1))
         except (RuntimeError, IndexError, ValueError):
             return False
-        if moved is None:
-            return fewer[dim] == 1
-        return lab.merge_pattern(moved.positions, fewer[dim]) == merge
+        line = lab.summarise(again)
+        if line is None:
+            return shape[dim] == 2
+        return line.dim == moved.dim and np.array_equal(line.positions, moved.positions[left.numpy()])
 
     def _since(self, effect: Movement) -> lab.Run:
         """The movement from the ancestor on."""

@@ -192,9 +192,11 @@ class _Builder:
         return Read(node.name, link.operand.name, link.dim, kind, pieces)
 
     def _stored_behind(self, link: Link) -> Node:
+        """A tensor of the shape of a link's operand, but for the channels."""
         node = link.operand
         while node in self.kept.virtual or self.flow.nodes[node].kind == "concat":
-            node = self.flow.nodes[node].links[0].operand
+            behind = [k.operand for k in self.flow.nodes[node].links]
+            node = next((n for n in behind if n in self.flow.used or n in self.kept.virtual), behind[0])
         return node
 
     def _full_size(self, node: Node, dim: int) -> int:

@@ -58,6 +58,8 @@ def _descend(
     fill: np.ndarray,
 ) -> None:
     if node not in virtual:
+        if node.op == "call_function" and node not in flow.used:
+            return  # dead, and kept by a tie alone: nobody looks at the value, so a constant will do
         if node not in tensors:
             tensors.append(node)
         which[slots] = tensors.index(node)
