@@ -15,6 +15,7 @@ from upscale.capture import capture
 from upscale.errors import InputError
 from upscale.flow import analyse_flow
 from upscale.plan import Plan, make_plan
+from upscale.plan.cost import Memory, Rates, ReadCost
 from upscale.plan.order import Wish, cost_of, order_block, runs
 from upscale.plan.reads import choose_read
 from upscale.plan.union import DisjointSets
@@ -78,10 +79,13 @@ def test_disjoint_sets_join_chains() -> None:
     assert sets.roots().tolist() == [0, 0, 2, 2, 2, 2]
 
 
+COST = ReadCost(Rates(), Memory(channel=40.0, stretches=1.0, innermost=False), strided=False)
+
+
 def read_of(indices: list[int], size: int, mode: str = "auto", which: list[int] | None = None, sources=("a",)):
     places = np.array(which if which is not None else [0] * len(indices))
     sizes = [size] * len(sources)
-    return choose_read(sources, sizes, places, np.array(indices), np.zeros(len(indices)), mode, 10.0)
+    return choose_read(sources, sizes, places, np.array(indices), np.zeros(len(indices)), mode, COST)
 
 
 def test_reads_by_kind() -> None:

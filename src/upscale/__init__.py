@@ -16,6 +16,7 @@ from .errors import (
 from .exporting import export
 from .managers import PruningManager
 from .masking import MaskingManager
+from .plan import Target
 from .rules import rule
 
 __version__ = "0.1.0"
@@ -29,6 +30,7 @@ __all__ = [
     "NothingToPruneError",
     "PruningManager",
     "RuleError",
+    "Target",
     "UnknownChannelError",
     "UnsupportedModelError",
     "UpscaleError",

@@ -99,6 +99,7 @@ class _Export:
     leaves: list[torch.Tensor]
     notes: list[str]
     seconds: float
+    batch: int | None
 
 
 def _export(
@@ -132,19 +133,23 @@ def _export(
             raise _capture_error(model, error) from error
         example = leaves
         notes.append(f"batch size specialised: torch could not leave it free ({_brief(error, 160)})")
-    return _Export(exported, outputs, example, notes, time.perf_counter() - started)
+    return _Export(exported, outputs, example, notes, time.perf_counter() - started, _batch_of(leaves))
+
+
+def _batch_of(leaves: Sequence[torch.Tensor]) -> int | None:
+    return next((leaf.shape[0] for leaf in leaves if leaf.dim() > 0), None)
 
 
 def _free_batch(leaves: list[torch.Tensor], spatial: bool) -> tuple[list[torch.Tensor], list[Any]]:
     """The example with a batch of at least two, and per tensor which dimensions are left to torch to free."""
-    batch = next((leaf.shape[0] for leaf in leaves if leaf.dim() > 0), None)
+    batch = _batch_of(leaves)
     example, shapes = list(leaves), []
     for index, leaf in enumerate(leaves):
         spec = {}
-        if leaf.dim() > 0 and leaf.shape[0] == batch and batch > 0:
+        if batch and leaf.dim() > 0 and leaf.shape[0] == batch:
             spec[0] = Dim.AUTO
             if batch == 1:
-                example[index] = leaf.repeat(2, *[1] * (leaf.dim() - 1))
+                example[index] = torch.cat([leaf, leaf])  # unlike repeat, in the leaf's memory format
         if spatial and leaf.dim() in (4, 5):
             spec.update({dim: Dim.AUTO for dim in range(2, leaf.dim()) if leaf.shape[dim] > 1})
         shapes.append(spec or None)
@@ -223,6 +228,7 @@ def _program(model: nn.Module, arguments: tuple[Argument, ...], names: tuple[str
         inputs=tuple(export.leaves),
         notes=tuple(notes),
         seconds=export.seconds,
+        batch=export.batch,
         spare=spare,
     )
 

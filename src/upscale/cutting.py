@@ -17,7 +17,7 @@ __all__ = ["cut_weight"]
 def cut_weight(weight: torch.Tensor, effect: Contract, cut: Contraction) -> torch.Tensor:
     """The new weight of a layer, sharing nothing with the old one."""
     if effect.groups > 1 and cut.columns is not None:
-        return _grouped(weight, effect, cut)
+        return large.in_format_of(weight, _grouped(weight, effect, cut))
     chosen: dict[int, Sequence[int]] = {} if effect.groups > 1 else {effect.weight_out: cut.rows}
     if cut.columns is not None and effect.weight_in is not None:
         chosen[effect.weight_in] = cut.columns

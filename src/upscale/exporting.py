@@ -17,10 +17,11 @@ from .flow import Flow, analyse_flow
 from .flow.effects import Contract, PerChannel
 from .large import all_finite
 from .lowering import lower
-from .plan import MODES, Mode, Plan, make_plan
+from .plan import MODES, Mode, Plan, Target, make_plan
 from .program import Program
 from .raising import raise_program, training_notes
 from .report import Report, count_parameters, kept_by_choice, layer_rows
+from .setting import checked_target, in_format, setting_for
 from .signature import call_with, flatten
 from .verification import Verification, verify
 
@@ -43,6 +44,7 @@ def export(
     *,
     dynamic_shapes: Any = None,
     reads: Mode = "auto",
+    target: Target | None = None,
     inplace: bool = False,
     verify: bool = True,
 ) -> torch.fx.GraphModule:
@@ -57,6 +59,8 @@ def export(
         reads: ``"auto"`` (the planner reorders channels and chooses), ``"gather"`` (original order, one
             ``index_select`` per read of a proper subset), ``"baseline"`` (channel by channel: the baseline of
             Wan et al. 2023, arXiv 2307.08771). All compute the same.
+        target: what the model will run on, where that is not what the example says: see :class:`upscale.Target`. Only
+            ``"auto"`` plans with it.
         inplace: turn ``model`` itself into the pruned model (after verification) and return it: the same object, but
             no longer an instance of its class. Works on a submodule of a larger model too.
         verify: compare the result with ``model`` on the example, on perturbed examples and at other batch sizes.
@@ -74,8 +78,9 @@ def export(
     original = unwrap(model)
     if inplace:
         check_replaceable(original)
-    program = capture(original, args, kwargs, dynamic_shapes=dynamic_shapes)
-    compiled = compile_program(program, reads)
+    target = checked_target(target)
+    program = capture(original, in_format(args, target), in_format(kwargs, target), dynamic_shapes=dynamic_shapes)
+    compiled = compile_program(program, reads, target=target)
     pruned = finish(compiled, type(original).__name__, verify)
     take_training_flags(original, pruned)
     return become(original, pruned) if inplace else pruned
@@ -87,6 +92,7 @@ def compile_program(
     *,
     only: Mapping[str, torch.Tensor] | None = None,
     reorder: bool = True,
+    target: Target | None = None,
 ) -> Compiled:
     """Flow, plan and lowering of a masked program. ``only``: see :func:`upscale.flow.analyse_flow`.
 
@@ -102,7 +108,7 @@ def compile_program(
             f"({_emptiest(program, flow)})"
         )
     analysed = time.perf_counter()
-    plan = make_plan(flow, reads, reorder)
+    plan = make_plan(flow, reads, reorder, setting_for(program, target or Target()))
     planned = time.perf_counter()
     lowered = lower(program, flow.nodes, plan)
     seconds = {"flow": analysed - started, "plan": planned - analysed, "lower": time.perf_counter() - planned}

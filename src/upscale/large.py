@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-__all__ = ["all_finite", "cut"]
+__all__ = ["all_finite", "cut", "in_format_of"]
 
 
 def all_finite(tensor: torch.Tensor) -> bool:
@@ -21,7 +21,21 @@ def all_finite(tensor: torch.Tensor) -> bool:
 
 
 def cut(tensor: torch.Tensor, chosen: Mapping[int, Sequence[int]]) -> torch.Tensor:
-    """A new tensor with the chosen positions of each dimension (at most two of them), in that order."""
+    """A new tensor with the chosen positions of each dimension (at most two of them), in that order, in the memory
+    format of the old one: a convolution would otherwise convert its weight at every call."""
+    return in_format_of(tensor, _cut(tensor, chosen))
+
+
+def in_format_of(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """``new`` channels-last where ``old`` is, else as it stands."""
+    for rank, memory_format in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+        last = old.dim() == new.dim() == rank and old.is_contiguous(memory_format=memory_format)
+        if last and not old.is_contiguous():
+            return new.contiguous(memory_format=memory_format)
+    return new
+
+
+def _cut(tensor: torch.Tensor, chosen: Mapping[int, Sequence[int]]) -> torch.Tensor:
     cuts = {dim: items for dim, items in chosen.items() if tuple(items) != tuple(range(tensor.shape[dim]))}
     index = {dim: torch.tensor(list(items), dtype=torch.int64, device=tensor.device) for dim, items in cuts.items()}
     if not index:

@@ -273,11 +273,13 @@ class _Lowering:
         dim, pieces = read.dim, read.pieces
         if read.kind == "whole":
             return self._source(pieces[0])
-        if read.kind == "gather":
-            return self._select(self._source(pieces[0]), dim, pieces[0].indices)
-        if read.kind == "collect":
-            parts = [self._source(p) for p in pieces[:-1]]
-            return self._select(self._insert(torch.cat, (parts, dim)), dim, pieces[-1].indices)
+        if read.kind in ("gather", "collect"):
+            source = self._source(pieces[0])
+            if read.kind == "collect":
+                source = self._insert(torch.cat, ([self._source(p) for p in pieces[:-1]], dim))
+            like = self._original(str(pieces[0].source)).meta["val"]
+            select = self._select_innermost if read.innermost else self._select
+            return select(source, dim, pieces[-1].indices, like.shape)
         parts = self._parts(dim, pieces)
         return parts[0] if len(parts) == 1 else self._insert(torch.cat, (parts, dim))
 
@@ -319,9 +321,20 @@ class _Lowering:
         widths[-2:] = [low, high]
         return self._insert(F.pad, (part, widths, "constant", value))
 
-    def _select(self, source: Node, dim: int, indices: Sequence[int]) -> Node:
+    def _select(self, source: Node, dim: int, indices: Sequence[int], shape: Sequence[Any] = ()) -> Node:
         tensor = torch.tensor(indices, dtype=torch.int64, device=self._device())
         return self._insert(torch.index_select, (source, dim, self._register("index", tensor, "constant")))
+
+    def _select_innermost(self, source: Node, dim: int, indices: Sequence[int], shape: Sequence[Any]) -> Node:
+        """Channels that are neighbours in memory: one ``index_select`` of a table with a row for every place, which is
+        several times faster than along any other dimension, and the result stays channels-last."""
+        places = [(d, size) for d, size in enumerate(shape) if d != dim]
+        sizes = [
+            s if isinstance(s, int) else self._insert(torch.ops.aten.sym_size.int, (source, d)) for d, s in places[1:]
+        ]
+        table = self._insert(torch.flatten, (self._insert(torch.movedim, (source, dim, -1)), 0, -2))
+        picked = self._insert(torch.unflatten, (self._select(table, 1, indices), 0, [-1, *sizes]))
+        return self._insert(torch.movedim, (picked, -1, dim))
 
     def _source(self, piece: Piece) -> Node:
         assert piece.source is not None

@@ -44,6 +44,7 @@ class Program:
     inputs: tuple[torch.Tensor, ...]
     notes: tuple[str, ...] = ()
     seconds: float = 0.0  # spent in torch.export itself
+    batch: int | None = None  # of the user's example; ``inputs`` may hold it twice
     # Tensors of executed modules that the graph does not read (``num_batches_tracked``): they stay in the state dict.
     spare: Mapping[str, torch.Tensor] = field(default_factory=dict)
 

@@ -7,39 +7,40 @@ from torch.fx import Node
 
 from ..errors import InputError
 from ..flow import Flow, FlowNode, Link
-from ..flow.effects import Barrier, Contract, reads_values, size_of
+from ..flow.effects import Barrier, Contract, reads_values
 from ..program import where
+from .cost import Setting
 from .keep import Kept, decide_kept
 from .model import MODES, Choice, Contraction, Layout, Mode, Plan, Read
-from .reads import choose_read, whole_is_cheaper
+from .reads import choose_read, widest_worth
 from .sources import Located, locate
-from .spaces import elements, find_parts, rank_classes
+from .spaces import find_parts, rank_classes
 
 _FILLED = "all groups of a grouped convolution are of one size"
 _WIDE = "reading them with zero weights costs less than picking the others"
 
 
-def make_plan(flow: Flow, mode: Mode = "auto", reorder: bool = True) -> Plan:
+def make_plan(flow: Flow, mode: Mode = "auto", reorder: bool = True, setting: Setting | None = None) -> Plan:
     """Plan the smaller program.
 
-    mode: ``auto`` reorders channels and fuses reads; ``gather`` keeps the original order and reads every proper
-    subset by one ``index_select``; ``baseline`` reads it channel by channel (Wan et al. 2023, section 4).
-    ``reorder=False`` keeps the original order in ``auto`` too.
+    mode: ``auto`` reorders channels and reads them in the way that costs least in ``setting``; ``gather`` keeps the
+    original order and reads every proper subset by one ``index_select``; ``baseline`` reads it channel by channel, at
+    the layer that wants it (Wan et al. 2023, section 4). ``reorder=False`` keeps the original order in ``auto`` too.
 
     Raises:
         InputError: ``mode`` is none of these.
     """
     if mode not in MODES:
         raise InputError(f"reads={mode!r}: choose one of {', '.join(map(repr, MODES))}")
-    kept = decide_kept(flow, fuse=mode == "auto", hoist=mode == "auto")
-    return _Builder(flow, kept, mode, reorder and mode == "auto").run()
+    kept = decide_kept(flow, fuse=mode == "auto", hoist=mode == "auto", joins_whole=mode == "baseline")
+    return _Builder(flow, kept, mode, reorder and mode == "auto", setting or Setting()).run()
 
 
 class _Builder:
-    def __init__(self, flow: Flow, kept: Kept, mode: Mode, reorder: bool) -> None:
-        self.flow, self.kept, self.mode = flow, kept, mode
+    def __init__(self, flow: Flow, kept: Kept, mode: Mode, reorder: bool, setting: Setting) -> None:
+        self.flow, self.kept, self.mode, self.setting = flow, kept, mode, setting
         self.reorder = reorder
-        self.rank = rank_classes(flow, kept, reorder)
+        self.rank = rank_classes(flow, kept, reorder, setting)
         self.parts = find_parts(flow, kept)
         self.positions: dict[Node, np.ndarray] = {}  # layout of every stored tensor
         self.physical: dict[Node, np.ndarray] = {}  # original position -> place in the layout
@@ -188,8 +189,10 @@ class _Builder:
             place = Located((base,), place.which, place.position, place.fill)
             sizes = [0]
         names = tuple(s.name for s in place.tensors)
-        kind, pieces = choose_read(names, sizes, place.which, indices, place.fill, self.mode, elements(link.operand))
-        return Read(node.name, link.operand.name, link.dim, kind, pieces)
+        cost = self.setting.reading(place.tensors[0], link.dim, self.flow.nodes[node])
+        kind, pieces = choose_read(names, sizes, place.which, indices, place.fill, self.mode, cost)
+        innermost = self.mode == "auto" and kind in ("gather", "collect") and cost.memory.innermost
+        return Read(node.name, link.operand.name, link.dim, kind, pieces, innermost)
 
     def _stored_behind(self, link: Link) -> Node:
         """A tensor of the shape of a link's operand, but for the channels."""
@@ -235,15 +238,16 @@ class _Builder:
         if effect.operand is not None:
             link = f.links[0]
             wanted = np.flatnonzero(self.kept.grouped.get(node, demand.inputs))
+            price = 0.0
             if not f.pinned and f.twins is None and effect.groups == 1:
-                wanted = self._as_stored(link, wanted)
-                if not self._contiguous(link, wanted):
-                    wanted = self._widened(node, link, effect, wanted)
+                price = self.setting.computing(node, effect, len(rows))
+                wanted = self._widened(node, link, self._as_stored(link, wanted), price)
             self._read(node, link, link.positions[wanted])
             columns = None if f.pinned else tuple(wanted.tolist())
             blank = wanted[~demand.inputs[wanted]] if demand.blank is None else np.flatnonzero(demand.blank)
             if len(blank) and not f.pinned:
-                self.choices.append(Choice(node.name, "input", len(blank), _FILLED if effect.groups > 1 else _WIDE))
+                reason = _FILLED if effect.groups > 1 else _WIDE
+                self.choices.append(Choice(node.name, "input", len(blank), reason, len(blank) * price))
         if demand.filled is not None and (spare := int((demand.filled | ~self.flow.live[node])[rows].sum())):
             self.choices.append(Choice(node.name, "output", spare, _FILLED))
         groups = len(np.unique(rows // (len(self.physical[node]) // effect.groups)))
@@ -257,12 +261,8 @@ class _Builder:
             tuple(blank.tolist()),
         )
 
-    def _contiguous(self, link: Link, wanted: np.ndarray) -> bool:
-        read = self._choose(link.operand, link, locate(self.flow, self.kept.virtual, link, link.positions[wanted]))
-        return not read.copies
-
-    def _widened(self, node: Node, link: Link, effect: Contract, wanted: np.ndarray) -> np.ndarray:
-        """``wanted``, or all that the tensor behind it holds, where that costs less than picking them.
+    def _widened(self, node: Node, link: Link, wanted: np.ndarray, price: float) -> np.ndarray:
+        """``wanted``, or more of what the tensor behind it holds, where that costs less than picking them.
 
         The baseline picks whole channels: of a flattened one all pixels, as the reference implementation does.
         """
@@ -273,25 +273,11 @@ class _Builder:
         if self.mode == "baseline":
             units = self.flow.nodes[source].channels.units  # type: ignore[union-attr]
             return np.flatnonzero(np.isin(units[link.positions], units[link.positions[wanted]]))
-        channels = self.flow.nodes[source].channels
-        assert channels is not None
-        # Pixels of a flattened channel and channels that fill up a group stand in the way of every reader: only there
-        # is the choice made here. Elsewhere what nobody reads is not there to be read.
-        parted = channels.unit_count != channels.size or source in self.kept.ordered
-        if self.mode != "auto" or not parted:
+        if self.mode != "auto":
             return wanted
-        stored = self.positions[source]  # this operand is read straight: its positions are the layer's columns
-        rows, val = len(self.positions[node]), node.meta["val"]
-        outputs = [size_of(s) for d, s in enumerate(val.shape) if d not in (0, effect.out_dim)]
-        window = float(np.prod(effect.weight.meta["val"].shape[2:]))
-        per_channel = rows * window * float(np.prod(outputs))
-        extra = len(stored) - len(wanted)
-        return stored if whole_is_cheaper(extra, len(wanted), per_channel, self._elements(source)) else wanted
-
-    def _elements(self, node: Node) -> float:
-        """Elements of one channel of one example."""
-        sizes = [size_of(s) for d, s in enumerate(node.meta["val"].shape) if d not in (0, self._dim(node))]
-        return float(np.prod(sizes))
+        cost = self.setting.reading(source, link.dim, self.flow.nodes[node])
+        # This operand is read straight: its positions are the layer's columns.
+        return widest_worth(self.positions[source], wanted, price, cost)
 
     def _as_stored(self, link: Link, wanted: np.ndarray) -> np.ndarray:
         """A contraction takes its inputs in any order: in that in which they are stored."""

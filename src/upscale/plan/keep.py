@@ -32,15 +32,19 @@ class Kept:
     grouped: dict[Node, np.ndarray]  # grouped convolutions: the inputs they read (bool)
 
 
-def decide_kept(flow: Flow, fuse: bool, hoist: bool) -> Kept:
-    """Close liveness under everything that ties tensors together."""
-    return _Decision(flow, fuse, hoist).run()
+def decide_kept(flow: Flow, fuse: bool, hoist: bool, joins_whole: bool = False) -> Kept:
+    """Close liveness under everything that ties tensors together.
+
+    ``fuse``: a concatenation with one reader exists on paper only. ``hoist``: a unary chain reads what its readers
+    want. ``joins_whole``: a concatenation takes all that its operands hold.
+    """
+    return _Decision(flow, fuse, hoist, joins_whole).run()
 
 
 class _Decision:
-    def __init__(self, flow: Flow, fuse: bool, hoist: bool) -> None:
+    def __init__(self, flow: Flow, fuse: bool, hoist: bool, joins_whole: bool) -> None:
         self.flow = flow
-        self.hoist = hoist
+        self.hoist, self.joins_whole = hoist, joins_whole
         self.virtual = choose_virtual(flow, fuse)
         self.stored = [
             n for n, f in flow.nodes.items() if f.channels is not None and n in flow.used and n not in self.virtual
@@ -78,7 +82,8 @@ class _Decision:
                 self._want(f.links[0], np.ones(len(self.flow.live[node]), dtype=bool), tie=True, reader=f)
             elif f.kind in ("concat", "select"):
                 for link in f.links:
-                    self._want(link, self.flow.live[node], tie=False, reader=f)
+                    whole = self.joins_whole and f.kind == "concat"
+                    self._want(link, np.ones_like(self.flow.live[node]) if whole else self.flow.live[node], whole, f)
         return self._result()
 
     def _join_twins(self, f: FlowNode) -> None:

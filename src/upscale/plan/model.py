@@ -45,7 +45,8 @@ class Read:
 
     kind: ``whole`` (the tensor as it is), ``view`` (one contiguous slice), ``gather`` (one index_select),
     ``concat`` (several slices one after the other), ``channelwise`` (channel by channel, the paper's baseline),
-    ``collect`` (sources joined, then one index_select).
+    ``collect`` (sources joined, then one index_select). ``innermost``: channels are neighbours in memory, so a gather
+    is done there, on a table of all other places.
     """
 
     reader: str
@@ -53,6 +54,7 @@ class Read:
     dim: int
     kind: str
     pieces: tuple[Piece, ...]
+    innermost: bool = False
 
     @property
     def copies(self) -> bool:
@@ -82,6 +84,7 @@ class Choice:
     side: str  # "input" or "output"
     channels: int
     reason: str
+    nanoseconds: float = 0.0  # what they cost, by the cost model, for the planned batch
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,7 @@ class Plan:
 
 def _read(v: dict[str, Any]) -> Read:
     pieces = tuple(Piece(p["source"], tuple(p["indices"]), p["fill"]) for p in v["pieces"])
-    return Read(v["reader"], v["operand"], v["dim"], v["kind"], pieces)
+    return Read(v["reader"], v["operand"], v["dim"], v["kind"], pieces, v["innermost"])
 
 
 def _contraction(v: dict[str, Any]) -> Contraction:

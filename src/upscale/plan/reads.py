@@ -6,24 +6,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from .cost import ReadCost
 from .model import Mode, Piece
 
-# Cutting one more slice costs about as much as copying this many elements (eager dispatch, measured on CPU).
-SLICE_COST = 2000.0
-
-MOST_EXTRA = 0.125  # of the wanted channels: more than that is never read for nothing
-# The rates of one CPU core in float32, in nanoseconds: a multiply-add, an element gathered, a gather's call.
-MULTIPLY_COST, GATHER_COST, CALL_COST = 0.1, 1.5, 5000.0
-
-
-def whole_is_cheaper(extra: int, wanted: int, per_channel: float, elements: float) -> bool:
-    """Whether to read ``extra`` channels too, with zero weights, rather than to gather the ``wanted`` ones.
-
-    ``per_channel``: multiply-adds of one more channel for one example. ``elements``: elements of one channel.
-    """
-    if extra > MOST_EXTRA * wanted:
-        return False
-    return extra * per_channel * MULTIPLY_COST < wanted * elements * GATHER_COST + CALL_COST
+# A smaller layer is worth something by itself: reading more than is wanted must save this share of what picking costs,
+# and this many nanoseconds, less than which cannot be told from noise.
+ADVANTAGE, NOTICEABLE = 0.2, 5000.0
 
 
 def choose_read(
@@ -33,12 +21,12 @@ def choose_read(
     indices: np.ndarray,
     fill: np.ndarray,
     mode: Mode,
-    elements: float,
+    cost: ReadCost,
 ) -> tuple[str, tuple[Piece, ...]]:
     """Kind and pieces of a read.
 
     ``which[j]``, ``indices[j]``: tensor (index into ``sources``, -1 for a constant ``fill[j]``) and place of the
-    j-th wanted channel. ``sizes``: channels each source holds. ``elements``: elements per channel.
+    j-th wanted channel. ``sizes``: channels each source holds. ``cost``: of reading from the first source.
     """
     pieces = _cut(sources, which, indices, fill)
     if not (which >= 0).any():
@@ -53,14 +41,32 @@ def choose_read(
         return "concat", pieces  # whole tensors joined: what the original does
     if mode == "baseline":
         return "channelwise", _singles(pieces)
-    if len(sources) == 1 and (which >= 0).all():
-        return "gather", (Piece(sources[0], tuple(indices.tolist())),)
-    if (which < 0).any():
+    single, constant = len(sources) == 1, bool((which < 0).any())
+    if constant:
         return "concat", pieces
-    joined = float(sum(sizes)) * elements + (len(sources) + 1) * SLICE_COST
-    if mode == "gather" or joined < len(pieces) * SLICE_COST:
-        return "collect", _collected(sources, sizes, which, indices)
-    return "concat", pieces
+    picking = cost.gather(len(which)) if single else cost.gather(len(which)) + cost.join(len(sources), sum(sizes))
+    if mode == "auto" and cost.join(len(pieces), len(which)) < picking:
+        return "concat", pieces
+    if single:
+        return "gather", (Piece(sources[0], tuple(indices.tolist())),)
+    return "collect", _collected(sources, sizes, which, indices)
+
+
+def widest_worth(stored: np.ndarray, wanted: np.ndarray, extra: float, cost: ReadCost) -> np.ndarray:
+    """``wanted``, or the slice of ``stored`` around it (or all of ``stored``) where reading more costs less.
+
+    ``stored``: the channels as they stand in memory; ``wanted``: those of them that are needed, in that order.
+    ``extra``: nanoseconds of computing with one more channel, with zero weights.
+    """
+    places = np.flatnonzero(np.isin(stored, wanted))
+    pieces = 1 + int((np.diff(places) > 1).sum())
+    if not len(places) or len(places) == len(stored):
+        return wanted
+    picked = cost.view(len(places)) if pieces == 1 else min(cost.gather(len(places)), cost.join(pieces, len(places)))
+    slices = [stored, stored[places[0] : places[-1] + 1]]
+    prices = [(len(s) - len(places)) * extra + (cost.view(len(s)) if len(s) < len(stored) else 0.0) for s in slices]
+    best = int(np.argmin(prices))
+    return slices[best] if picked - prices[best] > max(ADVANTAGE * picked, NOTICEABLE) else wanted
 
 
 def _cut(sources: Sequence[str], which: np.ndarray, indices: np.ndarray, fill: np.ndarray) -> tuple[Piece, ...]:

@@ -8,24 +8,25 @@ from dataclasses import dataclass
 import numpy as np
 from torch.fx import Node
 
-from ..aliases import first_tensor
 from ..flow import Flow
-from ..flow.effects import size_of
+from .cost import Setting
 from .keep import Kept
 from .order import Wish, order_block
 from .sources import locate
 from .union import DisjointSets
 
+LEAST = 1.0  # nanoseconds: where a slice is copied like anything else, neighbours are still tidier
+
 
 @dataclass(frozen=True)
 class Demanded:
-    """One read of a proper subset, as a flag per order class, and how many elements a copy of it would move."""
+    """One read of a proper subset, as a flag per order class, and what it costs more if they are not neighbours."""
 
     wanted: np.ndarray
     cost: float
 
 
-def rank_classes(flow: Flow, kept: Kept, reorder: bool) -> np.ndarray:
+def rank_classes(flow: Flow, kept: Kept, reorder: bool, setting: Setting) -> np.ndarray:
     """A rank per order class: stored tensors list their channels by increasing rank.
 
     Without ``reorder``, or where somebody needs the original order, ranks follow it.
@@ -34,7 +35,7 @@ def rank_classes(flow: Flow, kept: Kept, reorder: bool) -> np.ndarray:
     rank = np.full(total, -1, dtype=np.int64)
     count = 0
     fixed = _fixed_classes(kept, total)
-    demands = _demands(flow, kept, total) if reorder else []
+    demands = _demands(flow, kept, total, setting) if reorder else []
     for classes in _blocks(flow, kept):
         present = classes
         if reorder and not fixed[classes].any():
@@ -132,7 +133,7 @@ def _ordered(classes: np.ndarray, demands: list[Demanded]) -> np.ndarray:
     return classes[order_block(len(classes), wishes)]
 
 
-def _demands(flow: Flow, kept: Kept, total: int) -> list[Demanded]:
+def _demands(flow: Flow, kept: Kept, total: int, setting: Setting) -> list[Demanded]:
     """Reads of contractions and of hoisted transits."""
     found = []
     for node, f in flow.nodes.items():
@@ -154,7 +155,8 @@ def _demands(flow: Flow, kept: Kept, total: int) -> list[Demanded]:
                 units = _units(flow, source)[place.position[place.which == i]]
                 flags[kept.order[source][units]] = True
         if flags.any():
-            found.append(Demanded(flags, elements(link.operand) * int(wanted.sum())))
+            cost, count = setting.reading(place.tensors[0], link.dim, f), int(wanted.sum())
+            found.append(Demanded(flags, max(cost.gather(count) - cost.view(count), LEAST)))
     return found
 
 
@@ -162,10 +164,3 @@ def _units(flow: Flow, node: Node) -> np.ndarray:
     channels = flow.nodes[node].channels
     assert channels is not None
     return channels.units
-
-
-def elements(node: Node) -> float:
-    """Elements of one channel of one example: everything but the largest-stride dimensions (batch and channel)."""
-    val = first_tensor(node.meta.get("val"))
-    sizes = [] if val is None else [size_of(s) for s in val.shape]
-    return float(np.prod(sizes[2:])) if len(sizes) > 2 else 1.0

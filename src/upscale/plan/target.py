@@ -1,0 +1,53 @@
+"""What an export is planned for: the setting that decides which way of reading is cheap."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from ..errors import InputError
+
+Backend = Literal["eager", "compile", "onnxruntime"]
+MemoryFormat = Literal["contiguous", "channels_last"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where the exported model will run. What is None is taken from the example and the model.
+
+    Args:
+        batch: examples at a time. A plan for one batch size is right at every other, but perhaps not the fastest.
+        memory_format: ``"contiguous"`` (channels first) or ``"channels_last"``; give the model and its inputs in that
+            format too.
+        backend: ``"eager"``, ``"compile"`` (``torch.compile`` with Inductor) or ``"onnxruntime"``.
+        device: ``"cpu"`` or ``"cuda"``, where it is not the model's own.
+        round_to: keep channel counts at multiples of this, by keeping channels that could go. 1: keep none.
+
+    Raises:
+        InputError: a value that is none of these.
+    """
+
+    batch: int | None = None
+    memory_format: MemoryFormat | None = None
+    backend: Backend = "eager"
+    device: str | None = None
+    round_to: int = 1
+
+    def __post_init__(self) -> None:
+        _check_count("batch", self.batch, optional=True)
+        _check_count("round_to", self.round_to)
+        _check_one_of("memory_format", self.memory_format, (None, *get_args(MemoryFormat)))
+        _check_one_of("backend", self.backend, get_args(Backend))
+        _check_one_of("device", self.device, (None, "cpu", "cuda"))
+
+
+def _check_count(name: str, value: object, optional: bool = False) -> None:
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InputError(f"Target({name}={value!r}): a whole number of at least 1 is needed")
+
+
+def _check_one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    if value not in allowed:
+        raise InputError(f"Target({name}={value!r}): choose one of {', '.join(map(repr, allowed))}")

@@ -1,0 +1,153 @@
+"""Plans for a setting: batch, memory format, backend. Whatever is chosen, the numbers are the masked model's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import upscale
+from support.oracle import check_equal, randomise
+from upscale import InputError, Target
+
+
+class Readers(nn.Module):
+    """A tensor with three readers of different masks, a joined tensor, and a residual addition."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU())
+        self.one, self.two = nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(width, width, 1)
+        self.three = nn.Sequential(nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, width, 1))
+        self.last = nn.Conv2d(3 * width, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.stem(x)
+        one, two = self.one(y), self.two(y)
+        return self.last(torch.cat([one + y, two, self.three(y)], 1).relu())
+
+
+@torch.no_grad()
+def masked(width: int = 32) -> nn.Module:
+    model = randomise(Readers(width).double().eval())
+    generator = torch.Generator().manual_seed(1)
+    for layer in (model.one, model.two, model.three[2], model.last):
+        inputs = layer.weight.shape[1]
+        layer.weight[:, torch.randperm(inputs, generator=generator)[: inputs // 2]] = 0
+    return model
+
+
+def image(batch: int, size: int = 16) -> Tensor:
+    return torch.randn(batch, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+
+
+TARGETS = [
+    Target(batch=1),
+    Target(batch=8),
+    Target(batch=8, memory_format="channels_last"),
+    Target(backend="compile"),
+    Target(backend="onnxruntime", batch=4),
+    Target(device="cuda", batch=64),
+]
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+@pytest.mark.parametrize("dynamic", [None, "spatial"])
+def test_every_plan_computes_the_same(target: Target, dynamic: str | None) -> None:
+    model = masked()
+    pruned = upscale.export(model, (image(2),), target=target, dynamic_shapes=dynamic)
+    for batch, size in ((1, 16), (3, 16 if dynamic is None else 20)):
+        check_equal(model, pruned, image(batch, size))
+    assert pruned.last.weight.shape[1] < 96
+
+
+def test_the_memory_format_of_model_and_example_is_kept() -> None:
+    """Weights that were channels-last stay so, and what is gathered is channels-last too: nothing is converted."""
+    model = masked().to(memory_format=torch.channels_last)
+    x = image(4).contiguous(memory_format=torch.channels_last)
+    pruned = upscale.export(model, (x,))
+    for name, weight in pruned.named_parameters():
+        if weight.dim() == 4:
+            assert weight.is_contiguous(memory_format=torch.channels_last), name
+    check_equal(model, pruned, x)
+    assert pruned(x).is_contiguous(memory_format=torch.channels_last)
+    for module in pruned.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_pre_hook(_check_channels_last)
+    pruned(x)
+
+
+def _check_channels_last(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    strides = args[0].stride()
+    assert strides[1] == 1, f"{module} reads {strides}"
+
+
+class Many(nn.Module):
+    """Six readers of one tensor, each with a mask of its own: four of them cannot have their channels side by side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 64, 1)
+        self.readers = nn.ModuleList(nn.Conv2d(64, 64, 3, padding=1) for _ in range(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.stem(x).relu()
+        return torch.cat([reader(y) for reader in self.readers], 1)
+
+
+@torch.no_grad()
+def test_a_gather_of_neighbouring_channels_is_one_of_table_rows() -> None:
+    """In channels-last memory: the plan says so, and what is gathered is channels-last like everything else."""
+    model = randomise(Many().double().eval()).to(memory_format=torch.channels_last)
+    generator = torch.Generator().manual_seed(0)
+    for reader in model.readers:
+        reader.weight[:, torch.randperm(64, generator=generator)[:32]] = 0
+    x = image(4, 24).contiguous(memory_format=torch.channels_last)
+    pruned = upscale.export(model, (x,))
+    gathers = [r for by in pruned.report.plan.reads.values() for r in by.values() if r.kind == "gather"]
+    assert gathers and all(read.innermost for read in gathers)
+    check_equal(model, pruned, x)
+    for reader in pruned.readers:
+        reader.register_forward_pre_hook(_check_channels_last)
+    pruned(x)
+
+
+@torch.no_grad()
+def test_a_read_that_costs_more_than_it_saves_is_not_done() -> None:
+    """Three readers of a large tensor with few outputs each: picking costs more than multiplying by zeros."""
+    model = randomise(Readers(width=16).double().eval())
+    model.one, model.two = nn.Conv2d(16, 16, 1).double(), nn.Conv2d(16, 16, 1).double()
+    model.three[2] = nn.Conv2d(16, 16, 1).double()
+    for layer, gone in ((model.one, [0, 3, 6]), (model.two, [1, 4, 7]), (model.three[2], [2, 5, 8])):
+        layer.weight[:, gone] = 0
+    x = image(8, 64)
+    pruned = upscale.export(model, (x,))
+    check_equal(model, pruned, x)
+    kept = {layer: channels for layer, side, channels, _ in pruned.report.kept if side == "input"}
+    assert kept, "no layer was left as it was"
+    for layer, channels in kept.items():
+        assert pruned.get_submodule(layer).weight.shape[1] == 13 + channels
+    gathered = upscale.export(model, (x,), reads="gather")
+    assert {m.weight.shape[1] for m in (gathered.one, gathered.two)} == {13}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"batch": 0},
+        {"batch": 1.5},
+        {"batch": True},
+        {"memory_format": "nhwc"},
+        {"backend": "tvm"},
+        {"device": "tpu"},
+        {"round_to": 0},
+    ],
+)
+def test_a_wrong_target_is_refused(arguments: dict[str, object]) -> None:
+    with pytest.raises(InputError, match=f"Target\\({next(iter(arguments))}="):
+        Target(**arguments)  # type: ignore[arg-type]
+
+
+def test_something_else_than_a_target_is_refused() -> None:
+    with pytest.raises(InputError, match="upscale.Target"):
+        upscale.export(masked(), (image(2),), target="cuda")  # type: ignore[arg-type]
