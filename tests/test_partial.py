@@ -55,6 +55,20 @@ def test_a_row_that_is_zero_on_one_side_is_gone(rows: list[int], reads: str) -> 
     assert (pruned.b.out_channels, pruned.head.in_channels) == (16, 16)
 
 
+@pytest.mark.parametrize("rows", [[1, 4, 5, 9], [0, 1, 2, 3]])
+def test_parts_of_channels_last_sums_stay_channels_last(rows: list[int]) -> None:
+    model = randomise(Sum().double().eval(), seed=1).to(memory_format=torch.channels_last)
+    zero_rows(model.a, model.norm_a, rows)
+    x = image().contiguous(memory_format=torch.channels_last)
+    pruned = upscale.export(model, (x,))
+    assert pruned.a.out_channels == 16 - len(rows)
+    check_equal(model, pruned, x, batches=(1, 3))
+    seen = []
+    pruned.head.register_forward_pre_hook(lambda module, args: seen.append(args[0].stride()))
+    pruned(x)
+    assert [strides[1] for strides in seen] == [1]
+
+
 def test_both_sides_and_the_reader_have_masks_of_their_own() -> None:
     model = randomise(Sum().double().eval(), seed=2)
     zero_rows(model.a, model.norm_a, [0, 3, 7, 8, 9])

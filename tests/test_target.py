@@ -131,6 +131,43 @@ def test_a_read_that_costs_more_than_it_saves_is_not_done() -> None:
     assert {m.weight.shape[1] for m in (gathered.one, gathered.two)} == {13}
 
 
+class Chains(nn.Module):
+    """Readers that see a tensor, or two joined, through a batch norm and an activation of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.other = nn.Conv2d(3, 32, 3, padding=1), nn.Conv2d(32, 32, 3, padding=1)
+        self.chains = nn.ModuleList(self.chain(32) for _ in range(4))
+        self.join = self.chain(64)
+
+    @staticmethod
+    def chain(width: int) -> nn.Module:
+        return nn.Sequential(nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, 8, 1))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.stem(x)
+        z = self.other(y)
+        return sum(chain(y) for chain in self.chains) + self.join(torch.cat([y, z], 1)), z
+
+
+@torch.no_grad()
+def test_a_chain_whose_read_costs_more_than_it_saves_is_left_as_it_was() -> None:
+    model = randomise(Chains().double().eval())
+    for i, chain in enumerate(model.chains):
+        chain[2].weight[:, [i, i + 4, i + 9]] = 0
+    x = image(8, 64)
+    pruned = upscale.export(model, (x,))
+    check_equal(model, pruned, x)
+    left = {layer: channels for layer, side, channels, _ in pruned.report.kept}
+    assert left and set(left.values()) == {3} and set(left) < {f"chains.{i}.2" for i in range(4)}
+    for layer in left:
+        norm = pruned.get_submodule(layer.replace(".2", ".0"))
+        assert pruned.get_submodule(layer).in_channels == norm.num_features == 32
+    assert all("µs" in reason for *_, reason in pruned.report.kept)
+    picked = upscale.export(model, (x,), reads="gather")
+    assert {picked.get_submodule(layer).in_channels for layer in left} == {29}
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

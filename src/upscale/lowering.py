@@ -169,8 +169,13 @@ class _Lowering:
             pieces = [piece for piece in (cut[0], middle, cut[2]) if piece is not None]
             new = self._insert(torch.cat, (pieces, layout.dim))
         else:
-            index = torch.tensor(places, dtype=torch.int64, device=self._device())
-            new = self._insert(torch.index_add, (base, layout.dim, self._register("index", index, "constant"), part))
+            index = self._register("index", torch.tensor(places, device=self._device()), "constant")
+            if node.name in self.plan.tables:
+                table, sizes = self._as_table(base, layout.dim, node.meta["val"].shape)
+                rows, _ = self._as_table(part, layout.dim, node.meta["val"].shape)
+                new = self._from_table(self._insert(torch.index_add, (table, 1, index, rows)), layout.dim, sizes)
+            else:
+                new = self._insert(torch.index_add, (base, layout.dim, index, part))
         new.meta = {k: v for k, v in node.meta.items() if k != "val"} | {"origin": node.name, "rewritten": True}
         return new
 
@@ -328,13 +333,19 @@ class _Lowering:
     def _select_innermost(self, source: Node, dim: int, indices: Sequence[int], shape: Sequence[Any]) -> Node:
         """Channels that are neighbours in memory: one ``index_select`` of a table with a row for every place, which is
         several times faster than along any other dimension, and the result stays channels-last."""
+        table, sizes = self._as_table(source, dim, shape)
+        return self._from_table(self._select(table, 1, indices), dim, sizes)
+
+    def _as_table(self, source: Node, dim: int, shape: Sequence[Any]) -> tuple[Node, list[Any]]:
+        """(places, channels), and the sizes of the places' dimensions."""
         places = [(d, size) for d, size in enumerate(shape) if d != dim]
         sizes = [
             s if isinstance(s, int) else self._insert(torch.ops.aten.sym_size.int, (source, d)) for d, s in places[1:]
         ]
-        table = self._insert(torch.flatten, (self._insert(torch.movedim, (source, dim, -1)), 0, -2))
-        picked = self._insert(torch.unflatten, (self._select(table, 1, indices), 0, [-1, *sizes]))
-        return self._insert(torch.movedim, (picked, -1, dim))
+        return self._insert(torch.flatten, (self._insert(torch.movedim, (source, dim, -1)), 0, -2)), [-1, *sizes]
+
+    def _from_table(self, table: Node, dim: int, sizes: list[Any]) -> Node:
+        return self._insert(torch.movedim, (self._insert(torch.unflatten, (table, 0, sizes)), -1, dim))
 
     def _source(self, piece: Piece) -> Node:
         assert piece.source is not None

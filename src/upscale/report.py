@@ -16,7 +16,7 @@ from torch.fx import Node
 
 from .flow import Flow
 from .flow.effects import Contract, PerChannel, size_of
-from .plan import Plan
+from .plan import Choice, Plan
 from .program import Program, module_path
 
 
@@ -182,7 +182,12 @@ def _row(
 def kept_by_choice(program: Program, plan: Plan) -> tuple[tuple[str, str, int, str], ...]:
     """The plan's choices with the layers' own names."""
     nodes = {n.name: n for n in program.graph.nodes}
-    return tuple((module_path(nodes[c.layer]) or c.layer, c.side, c.channels, c.reason) for c in plan.choices)
+    return tuple((module_path(nodes[c.layer]) or c.layer, c.side, c.channels, _reason(c)) for c in plan.choices)
+
+
+def _reason(choice: Choice) -> str:
+    """Why channels stay, and what they cost by the cost model where it was asked."""
+    return f"{choice.reason} ({choice.nanoseconds / 1000:.1f} µs)" if choice.nanoseconds else choice.reason
 
 
 def _read_kind(plan: Plan, node: Node) -> str:

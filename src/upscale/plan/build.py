@@ -9,12 +9,13 @@ from ..errors import InputError
 from ..flow import Flow, FlowNode, Link
 from ..flow.effects import Barrier, Contract, reads_values
 from ..program import where
-from .cost import Setting
+from .cost import Setting, memory_of
 from .keep import Kept, decide_kept
 from .model import MODES, Choice, Contraction, Layout, Mode, Plan, Read
-from .reads import choose_read, widest_worth
+from .reads import choose_read, price_of, widest_worth
 from .sources import Located, locate
 from .spaces import find_parts, rank_classes
+from .worth import Copied, dearer_than_whole
 
 _FILLED = "all groups of a grouped convolution are of one size"
 _WIDE = "reading them with zero weights costs less than picking the others"
@@ -32,8 +33,17 @@ def make_plan(flow: Flow, mode: Mode = "auto", reorder: bool = True, setting: Se
     """
     if mode not in MODES:
         raise InputError(f"reads={mode!r}: choose one of {', '.join(map(repr, MODES))}")
-    kept = decide_kept(flow, fuse=mode == "auto", hoist=mode == "auto", joins_whole=mode == "baseline")
-    return _Builder(flow, kept, mode, reorder and mode == "auto", setting or Setting()).run()
+    setting = setting or Setting()
+    if mode != "auto":
+        kept = decide_kept(flow, fuse=False, hoist=False, joins_whole=mode == "baseline")
+        return _Builder(flow, kept, mode, False, setting).run()
+    kept = decide_kept(flow, fuse=True, hoist=True)
+    builder = _Builder(flow, kept, mode, reorder, setting)
+    plan = builder.run()
+    whole = dearer_than_whole(flow, kept, builder.copied, setting)
+    if whole:
+        plan = _Builder(flow, decide_kept(flow, fuse=True, hoist=True, whole=whole), mode, reorder, setting).run()
+    return plan
 
 
 class _Builder:
@@ -49,6 +59,8 @@ class _Builder:
         self.constants: dict[str, dict[str, tuple[float, ...]]] = {}
         self.choices: list[Choice] = []
         self.partial: dict[str, dict[str, tuple[int, ...]]] = {}
+        self.tables: list[str] = []
+        self.copied: dict[Node, Copied] = {}
 
     def run(self) -> Plan:
         for node in self.kept.stored:
@@ -66,6 +78,7 @@ class _Builder:
             self.contractions,
             self.constants,
             self.partial,
+            tuple(self.tables),
             virtual,
             dead,
             self._barriers(),
@@ -149,6 +162,8 @@ class _Builder:
         joins = self.flow.partial[node, link.operand][positions]
         self._read(node, link, link.positions[positions[joins]])
         self.partial.setdefault(node.name, {})[link.operand.name] = tuple(np.flatnonzero(joins).tolist())
+        if memory_of(node, self._dim(node), self.setting.examples).innermost:
+            self.tables.append(node.name)
 
     def _dim(self, node: Node) -> int:
         channels = self.flow.nodes[node].channels
@@ -192,7 +207,10 @@ class _Builder:
         cost = self.setting.reading(place.tensors[0], link.dim, self.flow.nodes[node])
         kind, pieces = choose_read(names, sizes, place.which, indices, place.fill, self.mode, cost)
         innermost = self.mode == "auto" and kind in ("gather", "collect") and cost.memory.innermost
-        return Read(node.name, link.operand.name, link.dim, kind, pieces, innermost)
+        price = price_of(kind, pieces, sizes, cost)
+        if kind not in ("whole", "view"):
+            self.copied[node] = Copied(price, cost, tuple(sizes), len(place.which))
+        return Read(node.name, link.operand.name, link.dim, kind, pieces, innermost, price)
 
     def _stored_behind(self, link: Link) -> Node:
         """A tensor of the shape of a link's operand, but for the channels."""
@@ -275,6 +293,8 @@ class _Builder:
             return np.flatnonzero(np.isin(units[link.positions], units[link.positions[wanted]]))
         if self.mode != "auto":
             return wanted
+        if node in self.kept.whole:
+            return self.positions[source]
         cost = self.setting.reading(source, link.dim, self.flow.nodes[node])
         # This operand is read straight: its positions are the layer's columns.
         return widest_worth(self.positions[source], wanted, price, cost)

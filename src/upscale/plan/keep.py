@@ -30,21 +30,25 @@ class Kept:
     hoisted: frozenset[Node]  # transits that read a subset of their operand
     ordered: frozenset[Node]  # what is kept stands in the original order
     grouped: dict[Node, np.ndarray]  # grouped convolutions: the inputs they read (bool)
+    whole: frozenset[Node] = frozenset()  # layers that read all that is there
 
 
-def decide_kept(flow: Flow, fuse: bool, hoist: bool, joins_whole: bool = False) -> Kept:
+def decide_kept(
+    flow: Flow, fuse: bool, hoist: bool, joins_whole: bool = False, whole: frozenset[Node] = frozenset()
+) -> Kept:
     """Close liveness under everything that ties tensors together.
 
     ``fuse``: a concatenation with one reader exists on paper only. ``hoist``: a unary chain reads what its readers
-    want. ``joins_whole``: a concatenation takes all that its operands hold.
+    want. ``joins_whole``: a concatenation takes all that its operands hold. ``whole``: layers that read all that is
+    there, whatever they need of it.
     """
-    return _Decision(flow, fuse, hoist, joins_whole).run()
+    return _Decision(flow, fuse, hoist, joins_whole, whole).run()
 
 
 class _Decision:
-    def __init__(self, flow: Flow, fuse: bool, hoist: bool, joins_whole: bool) -> None:
+    def __init__(self, flow: Flow, fuse: bool, hoist: bool, joins_whole: bool, whole: frozenset[Node]) -> None:
         self.flow = flow
-        self.hoist, self.joins_whole = hoist, joins_whole
+        self.hoist, self.joins_whole, self.whole = hoist, joins_whole, whole
         self.virtual = choose_virtual(flow, fuse)
         self.stored = [
             n for n, f in flow.nodes.items() if f.channels is not None and n in flow.used and n not in self.virtual
@@ -118,7 +122,7 @@ class _Decision:
     def _contract(self, f: FlowNode) -> None:
         assert isinstance(f.effect, Contract)
         for link in f.links:
-            self._want(link, self.flow.demands[f.node].inputs, tie=False, reader=None)
+            self._want(link, self.flow.demands[f.node].inputs, tie=f.node in self.whole, reader=None)
             if f.pinned and not link.anchored and link.operand in self.base:
                 self.forced.add(link.operand)  # it reads everything, in order
             if f.groups > 1:
@@ -211,6 +215,7 @@ class _Decision:
             frozenset(self.hoisted),
             frozenset(self.ordered),
             self.grouped,
+            self.whole,
         )
 
     def _spread(self, flags: np.ndarray) -> None:

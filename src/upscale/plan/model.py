@@ -46,7 +46,7 @@ class Read:
     kind: ``whole`` (the tensor as it is), ``view`` (one contiguous slice), ``gather`` (one index_select),
     ``concat`` (several slices one after the other), ``channelwise`` (channel by channel, the paper's baseline),
     ``collect`` (sources joined, then one index_select). ``innermost``: channels are neighbours in memory, so a gather
-    is done there, on a table of all other places.
+    is done there, on a table of all other places. ``nanoseconds``: what it costs, by the cost model.
     """
 
     reader: str
@@ -55,6 +55,7 @@ class Read:
     kind: str
     pieces: tuple[Piece, ...]
     innermost: bool = False
+    nanoseconds: float = 0.0
 
     @property
     def copies(self) -> bool:
@@ -98,6 +99,7 @@ class Plan:
     constants: dict[str, dict[str, tuple[float, ...]]] = field(default_factory=dict)  # reader -> operand -> values
     # addition -> operand -> the places in the result's layout to which it adds; elsewhere it is zero
     partial: dict[str, dict[str, tuple[int, ...]]] = field(default_factory=dict)
+    tables: tuple[str, ...] = ()  # additions in part whose channels are neighbours in memory: added to rows of a table
     virtual: tuple[str, ...] = ()  # nodes that are never executed: their readers read through them
     dead: tuple[str, ...] = ()  # nodes whose result nobody needs
     barriers: tuple[tuple[str, str, str], ...] = ()  # (where, operator, reason)
@@ -120,6 +122,7 @@ class Plan:
             contractions={k: _contraction(v) for k, v in data["contractions"].items()},
             constants={r: {o: tuple(v) for o, v in by.items()} for r, by in data["constants"].items()},
             partial={r: {o: tuple(v) for o, v in by.items()} for r, by in data["partial"].items()},
+            tables=tuple(data["tables"]),
             virtual=tuple(data["virtual"]),
             dead=tuple(data["dead"]),
             barriers=tuple(tuple(b) for b in data["barriers"]),
@@ -129,7 +132,7 @@ class Plan:
 
 def _read(v: dict[str, Any]) -> Read:
     pieces = tuple(Piece(p["source"], tuple(p["indices"]), p["fill"]) for p in v["pieces"])
-    return Read(v["reader"], v["operand"], v["dim"], v["kind"], pieces, v["innermost"])
+    return Read(v["reader"], v["operand"], v["dim"], v["kind"], pieces, v["innermost"], v["nanoseconds"])
 
 
 def _contraction(v: dict[str, Any]) -> Contraction:

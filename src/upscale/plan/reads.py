@@ -52,6 +52,25 @@ def choose_read(
     return "collect", _collected(sources, sizes, which, indices)
 
 
+def price_of(kind: str, pieces: Sequence[Piece], sizes: Sequence[int], cost: ReadCost) -> float:
+    """Nanoseconds of a read as chosen; ``sizes`` as for :func:`choose_read`."""
+    count = sum(len(p.indices) for p in pieces)
+    if kind == "whole":
+        return 0.0
+    if kind == "view":
+        return cost.view(count)
+    if kind == "gather":
+        return cost.gather(count)
+    if kind == "collect":
+        return cost.join(len(sizes), sum(sizes)) + cost.gather(len(pieces[-1].indices))
+    return cost.join(len(pieces), count)
+
+
+def is_worth(saved: float, spent: float) -> bool:
+    """Whether ``saved`` nanoseconds are enough to give up ``spent`` by way of larger layers."""
+    return saved - spent > max(ADVANTAGE * saved, NOTICEABLE)
+
+
 def widest_worth(stored: np.ndarray, wanted: np.ndarray, extra: float, cost: ReadCost) -> np.ndarray:
     """``wanted``, or the slice of ``stored`` around it (or all of ``stored``) where reading more costs less.
 
@@ -66,7 +85,7 @@ def widest_worth(stored: np.ndarray, wanted: np.ndarray, extra: float, cost: Rea
     slices = [stored, stored[places[0] : places[-1] + 1]]
     prices = [(len(s) - len(places)) * extra + (cost.view(len(s)) if len(s) < len(stored) else 0.0) for s in slices]
     best = int(np.argmin(prices))
-    return slices[best] if picked - prices[best] > max(ADVANTAGE * picked, NOTICEABLE) else wanted
+    return slices[best] if is_worth(picked, prices[best]) else wanted
 
 
 def _cut(sources: Sequence[str], which: np.ndarray, indices: np.ndarray, fill: np.ndarray) -> tuple[Piece, ...]:
