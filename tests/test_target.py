@@ -168,6 +168,27 @@ def test_a_chain_whose_read_costs_more_than_it_saves_is_left_as_it_was() -> None
     assert {picked.get_submodule(layer).in_channels for layer in left} == {29}
 
 
+@pytest.mark.parametrize("multiple", [4, 8, 16])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_channel_counts_are_multiples_where_asked(multiple: int, memory_format: torch.memory_format) -> None:
+    model = masked(width=48).to(memory_format=memory_format)
+    with torch.no_grad():
+        for layer in (model.one, model.two, model.three[2]):
+            layer.weight[[3, 5, 11]] = 0  # rows too
+            layer.bias[[3, 5, 11]] = 0
+    x = image(2).contiguous(memory_format=memory_format)
+    pruned = upscale.export(model, (x,), target=Target(round_to=multiple))
+    check_equal(model, pruned, x)
+    before, exact = dict(model.named_modules()), upscale.export(model, (x,))
+    for name, layer in pruned.named_modules():
+        if isinstance(layer, nn.Conv2d) and name != "last":
+            assert layer.out_channels % multiple == 0 or layer.out_channels == before[name].out_channels
+            assert layer.in_channels % multiple == 0 or layer.in_channels == before[name].in_channels
+            assert 0 <= layer.in_channels - exact.get_submodule(name).in_channels < multiple
+    assert any("multiple" in reason for *_, reason in pruned.report.kept)
+    assert not any("multiple" in reason for *_, reason in exact.report.kept)
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

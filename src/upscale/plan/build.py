@@ -12,12 +12,13 @@ from ..program import where
 from .cost import Setting, memory_of
 from .keep import Kept, decide_kept
 from .model import MODES, Choice, Contraction, Layout, Mode, Plan, Read
-from .reads import choose_read, price_of, widest_worth
+from .reads import choose_read, price_of, rounded_up, widest_worth
 from .sources import Located, locate
 from .spaces import find_parts, rank_classes
 from .worth import Copied, dearer_than_whole
 
 _FILLED = "all groups of a grouped convolution are of one size"
+_ROUND = "the number of channels is to be a multiple"
 _WIDE = "reading them with zero weights costs less than picking the others"
 
 
@@ -37,12 +38,13 @@ def make_plan(flow: Flow, mode: Mode = "auto", reorder: bool = True, setting: Se
     if mode != "auto":
         kept = decide_kept(flow, fuse=False, hoist=False, joins_whole=mode == "baseline")
         return _Builder(flow, kept, mode, False, setting).run()
-    kept = decide_kept(flow, fuse=True, hoist=True)
+    kept = decide_kept(flow, fuse=True, hoist=True, round_to=setting.round_to)
     builder = _Builder(flow, kept, mode, reorder, setting)
     plan = builder.run()
     whole = dearer_than_whole(flow, kept, builder.copied, setting)
     if whole:
-        plan = _Builder(flow, decide_kept(flow, fuse=True, hoist=True, whole=whole), mode, reorder, setting).run()
+        kept = decide_kept(flow, fuse=True, hoist=True, whole=whole, round_to=setting.round_to)
+        plan = _Builder(flow, kept, mode, reorder, setting).run()
     return plan
 
 
@@ -264,8 +266,11 @@ class _Builder:
             columns = None if f.pinned else tuple(wanted.tolist())
             blank = wanted[~demand.inputs[wanted]] if demand.blank is None else np.flatnonzero(demand.blank)
             if len(blank) and not f.pinned:
-                reason = _FILLED if effect.groups > 1 else _WIDE
+                near = len(blank) < self.setting.round_to and len(wanted) % self.setting.round_to == 0
+                reason = _FILLED if effect.groups > 1 else _ROUND if near else _WIDE
                 self.choices.append(Choice(node.name, "input", len(blank), reason, len(blank) * price))
+        if spare := int(self.kept.rounded[node][self.flow.nodes[node].channels.units[rows]].sum()):  # type: ignore
+            self.choices.append(Choice(node.name, "output", spare, _ROUND))
         if demand.filled is not None and (spare := int((demand.filled | ~self.flow.live[node])[rows].sum())):
             self.choices.append(Choice(node.name, "output", spare, _FILLED))
         groups = len(np.unique(rows // (len(self.physical[node]) // effect.groups)))
@@ -297,7 +302,8 @@ class _Builder:
             return self.positions[source]
         cost = self.setting.reading(source, link.dim, self.flow.nodes[node])
         # This operand is read straight: its positions are the layer's columns.
-        return widest_worth(self.positions[source], wanted, price, cost)
+        stored = self.positions[source]
+        return rounded_up(stored, widest_worth(stored, wanted, price, cost), self.setting.round_to)
 
     def _as_stored(self, link: Link, wanted: np.ndarray) -> np.ndarray:
         """A contraction takes its inputs in any order: in that in which they are stored."""

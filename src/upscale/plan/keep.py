@@ -30,25 +30,34 @@ class Kept:
     hoisted: frozenset[Node]  # transits that read a subset of their operand
     ordered: frozenset[Node]  # what is kept stands in the original order
     grouped: dict[Node, np.ndarray]  # grouped convolutions: the inputs they read (bool)
-    whole: frozenset[Node] = frozenset()  # layers that read all that is there
+    whole: frozenset[Node]  # layers that read all that is there
+    rounded: dict[Node, np.ndarray]  # units that are kept for the sake of a round number only
 
 
 def decide_kept(
-    flow: Flow, fuse: bool, hoist: bool, joins_whole: bool = False, whole: frozenset[Node] = frozenset()
+    flow: Flow,
+    fuse: bool,
+    hoist: bool,
+    joins_whole: bool = False,
+    whole: frozenset[Node] = frozenset(),
+    round_to: int = 1,
 ) -> Kept:
     """Close liveness under everything that ties tensors together.
 
     ``fuse``: a concatenation with one reader exists on paper only. ``hoist``: a unary chain reads what its readers
     want. ``joins_whole``: a concatenation takes all that its operands hold. ``whole``: layers that read all that is
-    there, whatever they need of it.
+    there, whatever they need of it. ``round_to``: layers make, and chains read, a multiple of so many channels, if they
+    have as many.
     """
-    return _Decision(flow, fuse, hoist, joins_whole, whole).run()
+    return _Decision(flow, fuse, hoist, joins_whole, whole, round_to).run()
 
 
 class _Decision:
-    def __init__(self, flow: Flow, fuse: bool, hoist: bool, joins_whole: bool, whole: frozenset[Node]) -> None:
+    def __init__(
+        self, flow: Flow, fuse: bool, hoist: bool, joins_whole: bool, whole: frozenset[Node], round_to: int
+    ) -> None:
         self.flow = flow
-        self.hoist, self.joins_whole, self.whole = hoist, joins_whole, whole
+        self.hoist, self.joins_whole, self.whole, self.round_to = hoist, joins_whole, whole, round_to
         self.virtual = choose_virtual(flow, fuse)
         self.stored = [
             n for n, f in flow.nodes.items() if f.channels is not None and n in flow.used and n not in self.virtual
@@ -204,6 +213,9 @@ class _Decision:
             if n in self.forced:
                 flags[self._slots(n, np.arange(self._channels(n).size))] = True
         self._spread(flags)
+        needed = flags.copy()
+        while self._round_up(flags):
+            self._spread(flags)
         roots, order = self.ties.roots(), self.order.roots()
         count = {n: self._channels(n).unit_count for n in self.stored}
         return Kept(
@@ -216,7 +228,20 @@ class _Decision:
             frozenset(self.ordered),
             self.grouped,
             self.whole,
+            {n: (flags & ~needed)[self.base[n] : self.base[n] + count[n]] for n in self.stored},
         )
+
+    def _round_up(self, flags: np.ndarray) -> bool:
+        """Keep the first channels that could go, where a layer or a hoisted chain has an odd number left."""
+        changed = False
+        for node in self.stored if self.round_to > 1 else ():
+            f = self.flow.nodes[node]
+            if node in self.hoisted or (f.kind == "fresh" and f.groups == 1):
+                mine = flags[self.base[node] : self.base[node] + self._channels(node).unit_count]
+                spare = np.flatnonzero(~mine)[: -int(mine.sum()) % self.round_to]
+                mine[spare] = True
+                changed |= bool(len(spare))
+        return changed
 
     def _spread(self, flags: np.ndarray) -> None:
         """Kept by one of a tied set: kept by all; and what a hoisted read or a concatenation takes must be there."""
