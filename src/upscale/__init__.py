@@ -18,6 +18,7 @@ from .managers import PruningManager
 from .masking import MaskingManager
 from .plan import Target
 from .rules import rule
+from .tuning import tune
 
 __version__ = "0.1.0"
 
@@ -37,4 +38,5 @@ __all__ = [
     "VerificationError",
     "export",
     "rule",
+    "tune",
 ]

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
 from .errors import InputError
-from .plan import Setting, Target, rates_for
+from .plan import Setting, Target, guessed_rates, on_backend
 from .program import Program
 
-__all__ = ["checked_target", "in_format", "setting_for"]
+__all__ = ["checked_target", "device_of", "in_format", "setting_for"]
 
 
 def checked_target(target: Target | None) -> Target:
@@ -41,7 +41,10 @@ def setting_for(program: Program, target: Target) -> Setting:
     """Rates of the target's device and backend, and how many examples are planned for to each one captured."""
     captured = next((t.shape[0] for t in program.inputs if t.dim() > 0), 1)
     planned = target.batch or program.batch or captured
-    if target.device is None:
-        device = next((t.device.type for t in program.tensors.values()), "cpu")
-        target = replace(target, device="cuda" if device == "cuda" else "cpu")
-    return Setting(rates_for(target), planned / captured, target.round_to)
+    rates = target.rates or guessed_rates(target.device or device_of(program.tensors.values()))
+    return Setting(on_backend(rates, target.backend), planned / captured, target.round_to)
+
+
+def device_of(tensors: Iterable[torch.Tensor]) -> str:
+    """``"cuda"`` or ``"cpu"``, the kinds of devices that have rates."""
+    return "cuda" if any(t.device.type == "cuda" for t in tensors) else "cpu"

@@ -1,8 +1,9 @@
 """Planning: kept channels, their order, and how every operator reads them."""
 
 from .build import make_plan
-from .cost import Rates, Setting, rates_for
+from .cost import Setting
 from .model import MODES, Choice, Contraction, Layout, Mode, Piece, Plan, Read
+from .rates import Rates, guessed_rates, on_backend
 from .target import Target
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "Read",
     "Setting",
     "Target",
+    "guessed_rates",
     "make_plan",
-    "rates_for",
+    "on_backend",
 ]

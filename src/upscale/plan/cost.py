@@ -6,7 +6,7 @@ reader copies it first. What a gather or a join costs depends on whether channel
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from torch.fx import Node
@@ -14,45 +14,7 @@ from torch.fx import Node
 from ..aliases import first_tensor
 from ..flow import FlowNode
 from ..flow.effects import Contract, PerChannel, Pointwise, size_of
-from .target import Target
-
-
-@dataclass(frozen=True)
-class Rates:
-    """Nanoseconds of elementary steps on one device, in float32.
-
-    ``multiply``: a multiply-add of a convolution or matrix product. ``load``: a byte of weight. ``copy``: a byte copied
-    in stretches, read and written. ``pick``: a byte gathered where channels are neighbours in memory. ``call``: an
-    operator's call. ``piece``: one more tensor in a concatenation. ``stretch``: one more stretch of memory in a copy.
-    ``strides``: whether some readers take a slice as it is.
-    """
-
-    multiply: float = 0.015
-    load: float = 0.05
-    copy: float = 0.03
-    pick: float = 0.065
-    call: float = 3000.0
-    piece: float = 1000.0
-    stretch: float = 1.4
-    strides: bool = True
-
-
-# One thread of an x86 server with AVX-512, torch 2.13 (`python -m benchmarks.rates` measures them); the GPU's are data
-# sheet values of a large one, where launches count more than bytes.
-_CPU = Rates()
-_CUDA = Rates(0.0001, 0.0005, 0.001, 0.002, 6000.0, 500.0, 0.0)
-_BACKENDS = {
-    "eager": {},
-    # Slices and gathers are fused into the loop that writes the tensor; convolutions want theirs dense all the same.
-    "compile": {"call": 300.0, "piece": 100.0},
-    # Slice, Gather and Concat are nodes of their own and copy.
-    "onnxruntime": {"call": 2000.0, "piece": 2000.0, "strides": False},
-}
-
-
-def rates_for(target: Target) -> Rates:
-    """The rates of a device and backend before anything is measured there."""
-    return replace(_CUDA if target.device == "cuda" else _CPU, **_BACKENDS[target.backend])  # type: ignore[arg-type]
+from .rates import CPU, Rates
 
 
 @dataclass(frozen=True)
@@ -60,7 +22,7 @@ class Setting:
     """What a plan is made for. ``examples``: the planned batch size over that of the captured example. ``round_to`` is
     that of :class:`~upscale.plan.target.Target`."""
 
-    rates: Rates = _CPU
+    rates: Rates = CPU
     examples: float = 1.0
     round_to: int = 1
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from ..errors import InputError
+from .rates import Rates
 
 Backend = Literal["eager", "compile", "onnxruntime"]
 MemoryFormat = Literal["contiguous", "channels_last"]
@@ -22,6 +23,7 @@ class Target:
         backend: ``"eager"``, ``"compile"`` (``torch.compile`` with Inductor) or ``"onnxruntime"``.
         device: ``"cpu"`` or ``"cuda"``, where it is not the model's own.
         round_to: keep channel counts at multiples of this, by keeping channels that could go. 1: keep none.
+        rates: what steps cost on the device, as :func:`upscale.tune` measures them; None: typical ones.
 
     Raises:
         InputError: a value that is none of these.
@@ -32,6 +34,7 @@ class Target:
     backend: Backend = "eager"
     device: str | None = None
     round_to: int = 1
+    rates: Rates | None = None
 
     def __post_init__(self) -> None:
         _check_count("batch", self.batch, optional=True)
@@ -39,6 +42,8 @@ class Target:
         _check_one_of("memory_format", self.memory_format, (None, *get_args(MemoryFormat)))
         _check_one_of("backend", self.backend, get_args(Backend))
         _check_one_of("device", self.device, (None, "cpu", "cuda"))
+        if self.rates is not None and not isinstance(self.rates, Rates):
+            raise InputError(f"Target(rates={self.rates!r}): rates come from upscale.tune(model, args).rates")
 
 
 def _check_count(name: str, value: object, optional: bool = False) -> None:

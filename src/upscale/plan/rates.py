@@ -1,0 +1,48 @@
+"""Rates of one device: what elementary steps cost there, in nanoseconds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Nanoseconds of elementary steps on one device, in float32.
+
+    ``multiply``: a multiply-add of a convolution or matrix product. ``load``: a byte of weight. ``copy``: a byte copied
+    in stretches, read and written. ``pick``: a byte gathered where channels are neighbours in memory. ``call``: an
+    operator's call. ``piece``: one more tensor in a concatenation. ``stretch``: one more stretch of memory in a copy.
+    ``strides``: whether some readers take a slice as it is.
+    """
+
+    multiply: float = 0.015
+    load: float = 0.05
+    copy: float = 0.03
+    pick: float = 0.065
+    call: float = 3000.0
+    piece: float = 1000.0
+    stretch: float = 1.4
+    strides: bool = True
+
+
+# One thread of an x86 server with AVX-512, torch 2.13 (`upscale.tune` measures them). The GPU's are data sheet values
+# of a large one, where launches count more than bytes.
+CPU = Rates()
+CUDA = Rates(0.0001, 0.0005, 0.001, 0.002, 6000.0, 500.0, 0.0)
+_BACKENDS: dict[str, dict[str, float | bool]] = {
+    "eager": {},
+    # Slices and gathers are fused into the loop that writes the tensor; convolutions want theirs dense all the same.
+    "compile": {"call": 300.0, "piece": 100.0},
+    # Slice, Gather and Concat are nodes of their own and copy.
+    "onnxruntime": {"call": 2000.0, "piece": 2000.0, "strides": False},
+}
+
+
+def guessed_rates(device: str) -> Rates:
+    """The rates of ``"cpu"`` or ``"cuda"`` before anything is measured there."""
+    return CUDA if device == "cuda" else CPU
+
+
+def on_backend(rates: Rates, backend: str) -> Rates:
+    """A device's rates, measured in eager mode, as they are under another backend."""
+    return replace(rates, **_BACKENDS[backend])  # type: ignore[arg-type]
