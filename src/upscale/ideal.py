@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.fx import Node
 
 from .exporting import Compiled
@@ -121,7 +121,7 @@ class _IdealLowering(Lowering):
 
 
 class _Specialise(fx.Interpreter):
-    """Runs a module once and writes the shapes and strides it sees into its graph: no arithmetic is left to be timed."""
+    """Runs a module once and writes the shapes and strides it sees into its graph: calls need not compute them."""
 
     def run_node(self, n: Node) -> Any:
         result = super().run_node(n)
