@@ -91,7 +91,7 @@ def test_convolutions_get_contiguous_tensors_of_the_wanted_channels(
     x = torch.randn(batch, 3, SIZE, SIZE).to(memory_format=memory_format)
     model = residual().to(memory_format=memory_format)
     compiled = compile_program(capture(model, (x,)), "auto")
-    made = ideal(compiled, (x,), memory_format=memory_format)
+    made = ideal(compiled, (x,), prepare=lambda module: module.to(memory_format=memory_format))
     seen = inputs_of_convolutions(made, x)
     assert {name: tensor.shape[1] for name, tensor in seen.items()} == {
         "stem": 3,

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.fx import Node
 
 from .exporting import Compiled
@@ -30,7 +30,7 @@ def ideal(
     compiled: Compiled,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any] | None = None,
-    memory_format: torch.memory_format = torch.preserve_format,
+    prepare: Callable[[nn.Module], object] = lambda module: None,
 ) -> fx.GraphModule:
     """A module with the operators and shapes of ``compiled`` that copies nothing to read a subset of channels.
 
@@ -40,7 +40,7 @@ def ideal(
         compiled: a program and its plan, for instance ``compile_program(program, "auto")``.
         args, kwargs: the example call to be timed, tensors of shape (batch, ...) in their memory format. The module is
             specialised to their shapes and strides.
-        memory_format: of the weights.
+        prepare: done to the module before that: a conversion of its weights, say.
 
     Returns:
         A module in eval mode. A read that the memory of its tensors cannot stand for (a channel read twice, a constant
@@ -48,8 +48,7 @@ def ideal(
     """
     program = _IdealLowering(compiled.program, compiled.flow.nodes, compiled.plan).run()
     module = raise_program(program)
-    if memory_format != torch.preserve_format:
-        module.to(memory_format=memory_format)  # type: ignore[call-overload]
+    prepare(module)
     bound = inspect.signature(module.forward).bind(*args, **(kwargs or {}))
     bound.apply_defaults()
     with torch.no_grad():
