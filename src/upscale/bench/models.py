@@ -88,12 +88,11 @@ def build(source: Source, setting: Setting) -> tuple[Subject, bool]:
     """
     subject = _built(source, setting)
     subject.model.eval().requires_grad_(False)
-    if setting.size and not source.suite:
-        subject.inputs = _resized(subject.inputs, setting.size)
-    randomise(subject, setting.seed)
     asked = _resized(subject.inputs, setting.size) if setting.size else subject.inputs
     fits = _runs(subject, asked)
-    inputs = rebatched(asked if fits else subject.inputs, setting.batch, setting.seed)
+    subject.inputs = asked if fits else subject.inputs
+    randomise(subject, setting.seed)  # at the size that is timed: statistics depend on it
+    inputs = rebatched(subject.inputs, setting.batch, setting.seed)
     return _converted(Subject(subject.model, inputs), setting), fits
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
@@ -58,9 +59,9 @@ def _title(row: Row) -> str:
 
 
 def _table(title: str, rows: Sequence[Row]) -> Table:
-    shown = Table(title=title, title_justify="left", padding=(0, 0))
-    shown.add_column("model", overflow="ellipsis", no_wrap=True, min_width=12)
-    headings = ("ms", "constr.", "basel.", "gather", "auto", "contig.", "ideal", "auto/id.", "kB auto", "gather")
+    shown = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    shown.add_column("model", overflow="ellipsis", no_wrap=True, min_width=10)
+    headings = ("ms", "constr", "basel", "gather", "auto", "contig", "ideal", "/ideal", "kB auto", "gather")
     for name in headings:
         shown.add_column(name, justify="right", no_wrap=True)
     for group in grouped(rows):

@@ -260,6 +260,8 @@ def _run(jobs: Sequence[Job], todo: Sequence[Job], out: Path, limits: Limits) ->
     console = Console(stderr=True)
     if len(todo) < len(jobs):
         console.print(f"{len(jobs) - len(todo)} of {len(jobs)} measurements are in {out} already")
+    if not todo:
+        return
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description:50.50}"),
