@@ -82,7 +82,7 @@ def warnings_of(
     """
     told = []
     if iqr > NOISY * median:
-        told.append(f"noisy: the interquartile range is {100 * iqr / median:.0f} % of the median")
+        told.append(f"noisy: the interquartile range is more than {100 * NOISY:g} % of the median")
     if control is not None and abs(control - 1) > CONTROL:
         told.append(f"noisy: the unpruned model against itself is {control:.2f}")
     if weights:

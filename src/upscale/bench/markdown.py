@@ -80,7 +80,7 @@ def _section(rows: Sequence[Row]) -> str:
     lines = [_line(group) for group in groups]
     if len(lines) > 1:
         lines.append(_mean(groups))
-    notes = [f"- {text}" for text in remarks(rows)]
+    notes = [f"- {_cell(text)}" for text in remarks(rows)]
     parts = [f"### {_title(first)}\n", _table(_HEADER, lines)]
     return "\n".join([*parts, *([*notes, ""] if notes else [])])
 

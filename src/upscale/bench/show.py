@@ -61,7 +61,7 @@ def _title(row: Row) -> str:
 def _table(title: str, rows: Sequence[Row]) -> Table:
     shown = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     shown.add_column("model", overflow="ellipsis", no_wrap=True, min_width=10)
-    headings = ("ms", "constr", "basel", "gather", "auto", "contig", "ideal", "/ideal", "kB auto", "gather")
+    headings = ("ms", "constr.", "baseline", "gather", "auto", "contig.", "ideal", "auto/ideal")
     for name in headings:
         shown.add_column(name, justify="right", no_wrap=True)
     for group in grouped(rows):
@@ -69,26 +69,28 @@ def _table(title: str, rows: Sequence[Row]) -> Table:
         cells = [escape(next(iter(group.values())).model), milliseconds(unpruned.median_ms if unpruned else None)]
         cells += [ratio(group[name].ratio) if name in group else "" for name in VARIANTS[1:]]
         cells += [ratio(quotient(group, "auto", "ideal"))]
-        cells += [kilobytes(group[name].copied_bytes) if name in group else "" for name in ("auto", "gather")]
         shown.add_row(*cells)
     return shown
 
 
 def remarks(rows: Sequence[Row]) -> list[str]:
-    """What went wrong and what is doubtful, each once: "model, setting, variants: text"."""
-    found: list[str] = []
+    """What went wrong and what is doubtful, each once: "setting, variants: text (models)"."""
+    said: dict[tuple[str, str, str], list[str]] = {}
     for group in grouped(rows):
-        first = next(iter(group.values()))
         told: dict[str, list[str]] = {}
         for name, row in group.items():
-            if row.reason:
-                told.setdefault(f"{row.stage}: {row.reason}" if row.stage else row.reason, []).append(name)
-            for warning in filter(None, row.warning.split("; ")):
-                told.setdefault(warning, []).append(name)
+            for text in (_failure(row), *row.warning.split("; ")):
+                if text:
+                    told.setdefault(text, []).append(name)
+        first = next(iter(group.values()))
         for text, names in told.items():
-            who = "all" if len(names) == len(group) else ", ".join(names)
-            found.append(f"{first.model}, {first.setting}, {who}: {text}")
-    return found
+            who = "all variants" if len(names) == len(group) else ", ".join(names)
+            said.setdefault((str(first.setting), who, text), []).append(first.model)
+    return [f"{setting}, {who}: {text} ({', '.join(models)})" for (setting, who, text), models in said.items()]
+
+
+def _failure(row: Row) -> str:
+    return f"{row.stage}: {row.reason}" if row.stage and row.stage != "make" else row.reason
 
 
 def failed(rows: Sequence[Row]) -> bool:
