@@ -19,7 +19,7 @@ help:
 	@echo "make test     run the tests"
 	@echo "make check    ruff (lint, format) and mypy"
 	@echo "make fuzz     random networks for SECONDS=60, masked against exported; failures go to fuzz-failures/"
-	@echo "make bench    time and memory of an export, network by network"
+	@echo "make bench    pruned models timed against the unpruned one and the floor: two models, a minute or two"
 	@echo "make matrix   every network x every mask (long)"
 	@echo "make zoo      every model of torchvision, timm and transformers (hours), written to docs/coverage.md"
 	@echo "make results  accuracy and latency on real trained networks, written to docs/results.md"
@@ -52,7 +52,8 @@ fuzz: $(STAMP)
 	$(RUN) -m benchmarks.fuzz --seconds $(SECONDS) --seed $(SEED)
 
 bench: $(STAMP)
-	$(RUN) -m benchmarks.bench
+	$(BIN)/upscale bench resnet18 mobilenet_v2 --seconds 10 --out benchmarks/out/bench.csv \
+		--plot benchmarks/out/bench.png --markdown benchmarks/out/speed.md
 
 matrix: $(STAMP)
 	$(RUN) -m benchmarks.matrix

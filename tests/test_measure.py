@@ -121,3 +121,37 @@ def test_copies(name: str, function: object, expected: int, calls: int) -> None:
 def test_a_slice_is_free_for_a_convolution_at_batch_one() -> None:
     conv = nn.Conv2d(2, 3, 1)
     assert measure.copies(lambda x: conv(x[:, 1:3]), X[:1]).bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "function", "expected"),
+    [
+        ("views", lambda x: x[:, 2:5].transpose(1, 2).unsqueeze(0), 0),
+        ("arithmetic on a view", lambda x: x[:, 2:5] + 1, 1),
+        ("contiguous already", lambda x: x.contiguous(), 0),
+        ("contiguous", lambda x: x[:, ::2].contiguous(), 1),
+        ("reshape that copies", lambda x: x.transpose(1, 2).reshape(2, -1), 1),
+        ("cat", lambda x: torch.cat([x[:, :2], x[:, 3:4]], 1), 1),
+        ("index_select", lambda x: x.index_select(1, INDEX).relu(), 2),
+        ("convolution", lambda x: nn.functional.conv2d(x, torch.empty(1, 8, 1, 1)), 1),
+        ("convolution of a slice", lambda x: nn.functional.conv2d(x[:, :2], torch.empty(1, 2, 1, 1)), 2),
+        ("pooling of a slice", lambda x: nn.functional.max_pool2d(x[:, :2], 2), 2),
+        ("nothing", lambda x: x, 0),
+    ],
+)
+def test_kernels(name: str, function: object, expected: int) -> None:
+    assert measure.kernels(function, X) == expected
+
+
+def test_timings_keep_rounds_together_and_stop_in_time() -> None:
+    calls: list[str] = []
+    models = {name: lambda x, name=name: (calls.append(name), time.sleep(0.01)) for name in ("a", "b")}
+    found = measure.timings(models, torch.ones(1), runs=1000, warmup=1, seconds=0.0)
+    assert {name: len(values) for name, values in found.items()} == {"a": 3, "b": 3}
+    assert calls[:4] == ["a", "b", "b", "a"] and all(value >= 10 for values in found.values() for value in values)
+
+
+def test_timings_run_in_inference_mode() -> None:
+    modes: list[bool] = []
+    measure.timings({"a": lambda x: modes.append(torch.is_inference_mode_enabled())}, torch.ones(1), runs=1, warmup=0)
+    assert modes == [True]

@@ -28,10 +28,12 @@ def lower(program: Program, nodes: dict[Node, FlowNode], plan: Plan) -> Program:
 
     ``nodes``: the flow of the program's nodes, for which argument plays which part.
     """
-    return _Lowering(program, nodes, plan).run()
+    return Lowering(program, nodes, plan).run()
 
 
-class _Lowering:
+class Lowering:
+    """One lowering. How a read is carried out is :meth:`build_read`, for a subclass to replace."""
+
     def __init__(self, program: Program, nodes: dict[Node, FlowNode], plan: Plan) -> None:
         self.program, self.nodes, self.plan = program, nodes, plan
         self.graph = fx.Graph()
@@ -161,21 +163,21 @@ class _Lowering:
         base, part = (self._value(node, n) for n in sorted(node.all_input_nodes, key=lambda n: n.name == name))
         start, end, count = places[0], places[-1] + 1, len(layout.positions)
         if end - start == len(places) == count:
-            new = self._insert(torch.add, (base, part))
+            new = self.insert(torch.add, (base, part))
         elif end - start == len(places):
             runs = [(0, start), (start, len(places)), (end, count - end)]
-            cut = [self._insert(torch.narrow, (base, layout.dim, *run)) if run[1] else None for run in runs]
-            middle = self._insert(torch.add, (cut[1], part))
+            cut = [self.insert(torch.narrow, (base, layout.dim, *run)) if run[1] else None for run in runs]
+            middle = self.insert(torch.add, (cut[1], part))
             pieces = [piece for piece in (cut[0], middle, cut[2]) if piece is not None]
-            new = self._insert(torch.cat, (pieces, layout.dim))
+            new = self.insert(torch.cat, (pieces, layout.dim))
         else:
             index = self._register("index", torch.tensor(places, device=self._device()), "constant")
             if node.name in self.plan.tables:
                 table, sizes = self._as_table(base, layout.dim, node.meta["val"].shape)
                 rows, _ = self._as_table(part, layout.dim, node.meta["val"].shape)
-                new = self._from_table(self._insert(torch.index_add, (table, 1, index, rows)), layout.dim, sizes)
+                new = self._from_table(self.insert(torch.index_add, (table, 1, index, rows)), layout.dim, sizes)
             else:
-                new = self._insert(torch.index_add, (base, layout.dim, index, part))
+                new = self.insert(torch.index_add, (base, layout.dim, index, part))
         new.meta = {k: v for k, v in node.meta.items() if k != "val"} | {"origin": node.name, "rewritten": True}
         return new
 
@@ -271,22 +273,22 @@ class _Lowering:
     def _realise(self, read: Read, like: Node) -> Node:
         key = (read.dim, read.pieces)
         if key not in self.realised:
-            self.realised[key] = self._build(read)
+            self.realised[key] = self.build_read(read)
         return self.realised[key]
 
-    def _build(self, read: Read) -> Node:
+    def build_read(self, read: Read) -> Node:
         dim, pieces = read.dim, read.pieces
         if read.kind == "whole":
-            return self._source(pieces[0])
+            return self.source_of(pieces[0])
         if read.kind in ("gather", "collect"):
-            source = self._source(pieces[0])
+            source = self.source_of(pieces[0])
             if read.kind == "collect":
-                source = self._insert(torch.cat, ([self._source(p) for p in pieces[:-1]], dim))
+                source = self.insert(torch.cat, ([self.source_of(p) for p in pieces[:-1]], dim))
             like = self._original(str(pieces[0].source)).meta["val"]
             select = self._select_innermost if read.innermost else self._select
             return select(source, dim, pieces[-1].indices, like.shape)
         parts = self._parts(dim, pieces)
-        return parts[0] if len(parts) == 1 else self._insert(torch.cat, (parts, dim))
+        return parts[0] if len(parts) == 1 else self.insert(torch.cat, (parts, dim))
 
     def _parts(self, dim: int, pieces: Sequence[Piece]) -> list[Node]:
         """One node per slice; constants are padded onto a neighbour."""
@@ -299,7 +301,7 @@ class _Lowering:
             elif p.source is None:
                 parts[-1] = self._pad(parts[-1], rank - dim, 0, len(p.indices), p.fill)
             else:
-                part = self._cut(self._source(p), dim, p)
+                part = self._cut(self.source_of(p), dim, p)
                 for q in reversed(before):
                     part = self._pad(part, rank - dim, len(q.indices), 0, q.fill)
                 before = []
@@ -308,10 +310,10 @@ class _Lowering:
 
     def _cut(self, source: Node, dim: int, piece: Piece) -> Node:
         if not piece.indices:
-            return self._insert(torch.narrow, (source, dim, 0, 0))
+            return self.insert(torch.narrow, (source, dim, 0, 0))
         if self._covers(dim, piece):
             return source
-        return self._insert(torch.narrow, (source, dim, piece.indices[0], len(piece.indices)))
+        return self.insert(torch.narrow, (source, dim, piece.indices[0], len(piece.indices)))
 
     def _covers(self, dim: int, piece: Piece) -> bool:
         """Whether a slice is all there is along ``dim``, which need not be where the tensor's channels lie."""
@@ -324,11 +326,11 @@ class _Lowering:
         """Pad the ``dims``-th dimension from the last."""
         widths = [0] * (2 * dims)
         widths[-2:] = [low, high]
-        return self._insert(F.pad, (part, widths, "constant", value))
+        return self.insert(F.pad, (part, widths, "constant", value))
 
     def _select(self, source: Node, dim: int, indices: Sequence[int], shape: Sequence[Any] = ()) -> Node:
         tensor = torch.tensor(indices, dtype=torch.int64, device=self._device())
-        return self._insert(torch.index_select, (source, dim, self._register("index", tensor, "constant")))
+        return self.insert(torch.index_select, (source, dim, self._register("index", tensor, "constant")))
 
     def _select_innermost(self, source: Node, dim: int, indices: Sequence[int], shape: Sequence[Any]) -> Node:
         """Channels that are neighbours in memory: one ``index_select`` of a table with a row for every place, which is
@@ -340,18 +342,18 @@ class _Lowering:
         """(places, channels), and the sizes of the places' dimensions."""
         places = [(d, size) for d, size in enumerate(shape) if d != dim]
         sizes = [
-            s if isinstance(s, int) else self._insert(torch.ops.aten.sym_size.int, (source, d)) for d, s in places[1:]
+            s if isinstance(s, int) else self.insert(torch.ops.aten.sym_size.int, (source, d)) for d, s in places[1:]
         ]
-        return self._insert(torch.flatten, (self._insert(torch.movedim, (source, dim, -1)), 0, -2)), [-1, *sizes]
+        return self.insert(torch.flatten, (self.insert(torch.movedim, (source, dim, -1)), 0, -2)), [-1, *sizes]
 
     def _from_table(self, table: Node, dim: int, sizes: list[Any]) -> Node:
-        return self._insert(torch.movedim, (self._insert(torch.unflatten, (table, 0, sizes)), -1, dim))
+        return self.insert(torch.movedim, (self.insert(torch.unflatten, (table, 0, sizes)), -1, dim))
 
-    def _source(self, piece: Piece) -> Node:
+    def source_of(self, piece: Piece) -> Node:
         assert piece.source is not None
         return self._stored(self._original(piece.source))
 
-    def _insert(self, target: Any, args: tuple[Any, ...]) -> Node:
+    def insert(self, target: Any, args: tuple[Any, ...]) -> Node:
         new = self.graph.call_function(target, args)
         new.meta["rewritten"] = True
         return new

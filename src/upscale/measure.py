@@ -20,13 +20,24 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from .errors import InputError
 from .observe import quietly_evaluated
 
-__all__ = ["Copies", "copies", "flops", "latency", "parameters"]
+__all__ = ["Copies", "copies", "flops", "kernels", "latency", "parameters", "timings"]
+
+_LEAST = 3  # timed rounds, however short the time allowed
 
 # Operators whose result is a rearrangement of their inputs' values: what they allocate is what they copy.
 _GATHERING = frozenset(
     f"aten::{name}"
     for name in ("cat", "index_select", "index", "gather", "take", "masked_select", "native_channel_shuffle")
 )
+
+# Operators that move no data, or answer a question, or only write a number, and those that copy only where they must.
+_IDLE = frozenset(
+    """_nnpack_available alias as_strided as_strided_ chunk detach detach_ diagonal expand expand_as fill_ flatten
+    movedim narrow numpy_T permute resize_ resize_as_ resolve_conj resolve_neg select set_ slice split
+    split_with_sizes squeeze squeeze_ t transpose unbind unflatten unfold unsafe_chunk unsafe_split unsqueeze
+    unsqueeze_ view view_as zero_""".split()
+)
+_MAY_COPY = frozenset("clone constant_pad_nd contiguous expand_copy reshape to _to_copy type_as pad".split())
 
 
 def parameters(model: nn.Module) -> int:
@@ -66,20 +77,42 @@ def latency(
     ``models``: name -> callable; modules are timed in eval mode, and get their flags back. ``runs`` timed
     rounds after ``warmup`` untimed ones, each in a different order. ``threads``: CPU threads of torch during
     the measurement, None to leave them as they are. Work queued on an accelerator is waited for."""
+    found = timings(models, args, runs=runs, warmup=warmup, threads=threads)
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
+def timings(
+    models: Mapping[str, Callable[..., Any]],
+    args: Any,
+    *,
+    runs: int = 50,
+    warmup: int = 5,
+    threads: int | None = 1,
+    seconds: float | None = None,
+) -> dict[str, list[float]]:
+    """Milliseconds of every timed call of each model, as :func:`latency` makes them: entry i is of round i.
+
+    ``seconds``: no further round is begun after so many of timed rounds, but for the first three.
+    """
     if runs < 1 or warmup < 0:
-        raise InputError(f"latency needs runs >= 1 and warmup >= 0, not {runs} and {warmup}")
+        raise InputError(f"timing needs runs >= 1 and warmup >= 0, not {runs} and {warmup}")
     arguments = _as_args(args)
     wait = _waiter(arguments)
     names = list(models)
     times: dict[str, list[float]] = {name: [] for name in names}
     with contextlib.ExitStack() as stack:
         stack.enter_context(_threads(threads))
-        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.inference_mode())
         for model in models.values():
             if isinstance(model, nn.Module):
                 stack.enter_context(quietly_evaluated(model))
         stack.enter_context(_no_garbage_collection())
+        begun = 0.0
         for turn in range(warmup + runs):
+            if turn == warmup:
+                begun = time.perf_counter()
+            if seconds is not None and turn >= warmup + _LEAST and time.perf_counter() - begun > seconds:
+                break
             shift = turn % len(names) if names else 0
             for name in names[shift:] + names[:shift]:
                 wait()
@@ -87,8 +120,8 @@ def latency(
                 models[name](*arguments)
                 wait()
                 if turn >= warmup:
-                    times[name].append(time.perf_counter() - start)
-    return {name: 1000 * statistics.median(values) for name, values in times.items()}
+                    times[name].append(1000 * (time.perf_counter() - start))
+    return times
 
 
 @dataclass
@@ -112,8 +145,46 @@ def copies(model: Callable[..., Any], args: Any) -> Copies:
     of an input which is not contiguous), ``cat``, ``index_select``, ``index`` and ``gather``. A copy made
     inside a counted operator is not counted again. ``model``: a module (run in eval mode) or any callable.
     """
+    found = Copies()
+    for event in _profiled(model, args).experimental_event_tree():
+        _count(event, found)
+    return found
+
+
+def kernels(model: Callable[..., Any], args: Any) -> int:
+    """How many kernels one forward pass launches, as torch's profiler saw them.
+
+    On CUDA these are the device's own records, copies and fills included. On the CPU, where no such record is made,
+    operators that compute or copy: not views, allocations and fills, and not operators that only call others.
+    ``model``: a module (run in eval mode) or any callable.
+    """
+    results = _profiled(model, args)
+    on_device = sum(event.device_type() == torch.autograd.DeviceType.CUDA for event in results.events())
+    return on_device or sum(sum(_launched(event)) for event in results.experimental_event_tree())
+
+
+def _launched(event: Any) -> tuple[int, int]:
+    """Kernels at and below a profiler event: (those that compute, those that copy)."""
+    if event.name == "aten::copy_":
+        target, source = event.extra_fields.inputs[:2]
+        return 0, int(_elements(source) == _elements(target) > 1)
+    if event.name in _GATHERING:
+        return 0, 1
+    below = [_launched(child) for child in event.children]
+    computing, copying = sum(c for c, _ in below), sum(c for _, c in below)
+    operator = event.name.removeprefix("aten::")
+    wraps = operator in _IDLE or operator in _MAY_COPY or operator.startswith(("empty", "new_empty", "_unsafe_view"))
+    if wraps or not event.name.startswith("aten::"):
+        return computing, copying
+    return max(computing, 1), copying
+
+
+def _profiled(model: Callable[..., Any], args: Any) -> Any:
+    """What the profiler recorded of one forward pass."""
     arguments = _as_args(args)
     activities = [ProfilerActivity.CPU]
+    if any(isinstance(leaf, Tensor) and leaf.is_cuda for leaf in pytree.tree_leaves(arguments)):
+        activities.append(ProfilerActivity.CUDA)
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         if isinstance(model, nn.Module):
@@ -122,11 +193,8 @@ def copies(model: Callable[..., Any], args: Any) -> Copies:
         with profile(activities=activities, record_shapes=True, profile_memory=True) as profiler:
             result = model(*arguments)
         del result
-    found = Copies()
     assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
-    for event in profiler.profiler.kineto_results.experimental_event_tree():
-        _count(event, found)
-    return found
+    return profiler.profiler.kineto_results
 
 
 def _count(event: Any, found: Copies) -> None:

@@ -11,6 +11,8 @@ import typer
 
 import upscale
 
+from .bench import HELP as BENCH_HELP
+from .bench import bench
 from .coverage import HELP as COVERAGE_HELP
 from .coverage import coverage
 from .errors import UsageError
@@ -45,6 +47,7 @@ def _options(
 
 
 app.command(help=for_help(ZOO_HELP))(zoo)
+app.command(help=for_help(BENCH_HELP))(bench)
 app.command(help=for_help(COVERAGE_HELP), no_args_is_help=True)(coverage)
 
 
@@ -52,7 +55,7 @@ def run(arguments: Sequence[str]) -> int:
     """The exit status of ``upscale ARGUMENTS``; every error on purpose is one clear message and status 2."""
     signal.signal(signal.SIGTERM, _as_interrupt)
     try:
-        status = app(list(arguments), standalone_mode=False)
+        status = app(list(arguments), standalone_mode=False, obj=tuple(arguments))
     except UsageError as error:
         print(f"upscale: {error}", file=sys.stderr)
         return 2

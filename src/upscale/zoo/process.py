@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,35 +31,66 @@ class Limits:
     memory_gb: float = 8.0
 
 
+@dataclass(frozen=True)
+class Ended:
+    """What a worker left: the last text that it wrote (None: nothing), why it failed ("": it did not), and its peak
+    resident size."""
+
+    text: str | None
+    reason: str
+    peak_mb: float
+
+
 def run_job(job: Job, blank: Row, limits: Limits, stopped: Callable[[], bool] = lambda: False) -> Row:
     """The row of one model from a process of its own. Never raises but for KeyboardInterrupt."""
-    with tempfile.TemporaryDirectory(prefix="upscale-zoo-") as folder:
+    ended = run_worker("upscale.zoo.worker", job.to_json(), limits, stopped, near=job.suite)
+    row = blank
+    with contextlib.suppress(ValueError):
+        row = Row(**json.loads(ended.text or ""))
+    if ended.reason:
+        row.reason = ended.reason
+        row.peak_mb = max(row.peak_mb or 0.0, ended.peak_mb)
+    return row
+
+
+def run_worker(
+    module: str,
+    job: str,
+    limits: Limits,
+    stopped: Callable[[], bool] = lambda: False,
+    near: str = "",
+    variables: Mapping[str, str] | None = None,
+) -> Ended:
+    """Run ``python -m MODULE JOB RESULT`` with the text ``job`` in the first file, and read the second.
+
+    ``near``: a file whose folder goes on the import path. ``variables``: of the environment.
+    """
+    with tempfile.TemporaryDirectory(prefix="upscale-") as folder:
         files = Path(folder)
-        (files / "job.json").write_text(job.to_json(), encoding="utf-8")
+        (files / "job.json").write_text(job, encoding="utf-8")
         started = time.monotonic()
         with (files / "errors.txt").open("wb") as errors:
             process = subprocess.Popen(
-                [sys.executable, "-m", "upscale.zoo.worker", str(files / "job.json"), str(files / "row.json")],
+                [sys.executable, "-m", module, str(files / "job.json"), str(files / "row.json")],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=errors,
-                env=_environment(job),
+                env={**_environment(near), **(variables or {})},
                 start_new_session=True,  # Ctrl-C is for the parent, which ends its workers itself
             )
         try:
             ended, peak = _watch(process, limits, started, stopped)
         finally:
             _end(process)
-        row = _read(files / "row.json", blank)
-        if ended or process.returncode:
-            row.reason = ended or _death(process.returncode, (files / "errors.txt").read_text(errors="replace"))
-            row.peak_mb = max(row.peak_mb or 0.0, round(peak / 2**20, 1))
-        return row
+        reason = ended
+        if not reason and process.returncode:
+            reason = _death(process.returncode, (files / "errors.txt").read_text(errors="replace"))
+        return Ended(_read(files / "row.json"), reason, round(peak / 2**20, 1))
 
 
-def _environment(job: Job) -> dict[str, str]:
+def _environment(near: str) -> dict[str, str]:
     """The parent's import path, so that a worker imports this very package and the user's own modules."""
-    folders = [str(Path(job.suite).resolve().parent)] if Path(job.suite).is_file() else []
+    folders = [str(Path(near).resolve().parent)] if Path(near).is_file() else []
     path = os.pathsep.join([*folders, *(entry or os.getcwd() for entry in sys.path)])
     return {**os.environ, "PYTHONPATH": path, "KINETO_LOG_LEVEL": "6", "HF_HUB_OFFLINE": "1"}
 
@@ -105,11 +136,11 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _read(path: Path, blank: Row) -> Row:
+def _read(path: Path) -> str | None:
     try:
-        return Row(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        return blank
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
 
 
 def _death(status: int, errors: str) -> str:

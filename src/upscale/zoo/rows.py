@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import os
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from .table import BadTableError, columns_of, read_table, write_table
 
 #: Largest relative error that counts as equal, by dtype.
 MIXED = "float64, float32 inside"  # a float64 model that goes through float32, as many language models' norms do
@@ -88,50 +88,19 @@ class Row:
         return self.exported == "yes" and self.equal == "yes"
 
 
-COLUMNS = tuple(field.name for field in fields(Row))
-_KINDS = {field.name: str(field.type) for field in fields(Row)}
+COLUMNS = columns_of(Row)
 
-
-class BadTableError(Exception):
-    """A file that is no coverage table."""
+__all__ = ["COLUMNS", "MIXED", "TOLERANCE", "BadTableError", "Row", "Settings", "merged", "read_rows", "write_rows"]
 
 
 def read_rows(path: Path) -> list[Row]:
     """The rows of a CSV; none if there is no such file. Raises ``BadTableError`` for another kind of file."""
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        try:
-            header = tuple(reader.fieldnames or ())
-            if header != COLUMNS:
-                raise BadTableError(f"{path} is not a coverage table of this version (its columns differ)")
-            return [Row(**{name: _parsed(name, text) for name, text in line.items()}) for line in reader]
-        except (ValueError, TypeError, UnicodeDecodeError, csv.Error) as error:
-            raise BadTableError(f"{path} is not a coverage table: {error}") from error
-
-
-def _parsed(name: str, text: str) -> Any:
-    kind = _KINDS[name]
-    if kind.startswith("str"):
-        return text
-    if text == "":
-        return None
-    return int(text) if kind.startswith("int") else float(text)
+    return read_table(path, Row, "a coverage table")
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
     """Replace the CSV as a whole, atomically: at no time is half a table on the disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with draft.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows({k: "" if v is None else v for k, v in asdict(row).items()} for row in rows)
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
+    write_table(path, Row, rows)
 
 
 def merged(rows: Sequence[Row], new: Row) -> list[Row]:

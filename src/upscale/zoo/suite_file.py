@@ -54,7 +54,7 @@ class FileSuite:
 
     def build(self, name: str, seed: int) -> Subject:
         entry = self._entries[name]
-        builder = _find(entry.builder, self.path.resolve().parent)
+        builder = find_builder(entry.builder, self.path.resolve().parent)
         torch.manual_seed(seed)
         model = builder()
         if not isinstance(model, nn.Module):
@@ -108,7 +108,8 @@ def _from_toml(path: Path) -> list[dict[str, Any]]:
     return models
 
 
-def _find(builder: str, folder: Path) -> Any:
+def find_builder(builder: str, folder: Path) -> Any:
+    """What ``package.module:name`` names; modules of ``folder`` and of the current one are found."""
     module, _, attribute = builder.partition(":")
     for place in (str(Path.cwd()), str(folder)):
         if place not in sys.path:
