@@ -61,7 +61,7 @@ def _title(row: Row) -> str:
 def _table(title: str, rows: Sequence[Row]) -> Table:
     shown = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     shown.add_column("model", overflow="fold")  # it gives way, numbers do not
-    headings = ("ms", "constr.", "baseline", "gather", "auto", "contig.", "ideal", "auto/ideal")
+    headings = ("ms", "constr.", "base", "gather", "auto", "contig.", "ideal", "/ideal")
     for name in headings:
         shown.add_column(name, justify="right", no_wrap=True)
     for group in grouped(rows):
