@@ -60,8 +60,8 @@ def _title(row: Row) -> str:
 
 def _table(title: str, rows: Sequence[Row]) -> Table:
     shown = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    shown.add_column("model", overflow="ellipsis", no_wrap=True, min_width=10)
-    headings = ("ms", "constr.", "baseline", "gather", "auto", "contig.", "ideal", "auto/ideal")
+    shown.add_column("model", overflow="fold")  # it gives way, numbers do not
+    headings = ("ms", "constr.", "base", "gather", "auto", "contig.", "ideal", "/ideal")
     for name in headings:
         shown.add_column(name, justify="right", no_wrap=True)
     for group in grouped(rows):
@@ -83,8 +83,9 @@ def remarks(rows: Sequence[Row]) -> list[str]:
                 if text:
                     told.setdefault(text, []).append(name)
         first = next(iter(group.values()))
+        timed = [name for name, row in group.items() if row.median_ms is not None]
         for text, names in told.items():
-            who = "all variants" if len(names) == len(group) else ", ".join(names)
+            who = "all variants" if len(names) == len(timed) > 1 else ", ".join(names)
             said.setdefault((str(first.setting), who, text), []).append(first.model)
     return [f"{setting}, {who}: {text} ({', '.join(models)})" for (setting, who, text), models in said.items()]
 
