@@ -30,6 +30,9 @@ model's in the same round): below 1 is faster than unpruned. The unpruned model 
 - **copied**: kB written by copying operators in one call, counted by torch's profiler (a model's own concatenations
   are among them).
 
+glibc is told to keep freed memory (`MALLOC_MMAP_THRESHOLD_`, `MALLOC_TRIM_THRESHOLD_`), as jemalloc and tcmalloc do:
+otherwise page faults, not the model, decide about the time at batch 8.
+
 Empty cells: not measured; the reasons stand below each table, as does every warning. *Mean* is the geometric one.
 """
 
