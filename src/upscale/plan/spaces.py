@@ -12,7 +12,7 @@ from ..aliases import first_tensor
 from ..flow import Flow
 from ..flow.effects import size_of
 from .keep import Kept
-from .order import Wish, order_block
+from .order import Wish, order_space
 from .sources import locate
 from .union import DisjointSets
 
@@ -129,7 +129,7 @@ def _ordered(classes: np.ndarray, demands: list[Demanded]) -> np.ndarray:
         wanted = d.wanted[classes]
         if wanted.any() and not wanted.all():
             wishes.append(Wish(wanted, d.cost))
-    return classes[order_block(len(classes), wishes)]
+    return classes[order_space([np.arange(len(classes))], wishes).order]
 
 
 def _demands(flow: Flow, kept: Kept, total: int) -> list[Demanded]:
