@@ -16,6 +16,7 @@ import numpy as np
 from .columns import Columns
 
 MOST_GROUPS = 256  # that moves are tried on: a move looks at every pair of groups
+GROUP_CELLS = 400  # dividing one group takes about as long as looking at so many cells
 LENGTHS = (1, 2, 3)  # of the segments of groups that or-opt moves
 
 
@@ -107,12 +108,14 @@ class _Search:
         for rows in (c.wanted, c.present):
             part = rows[inside][:, order]
             new |= (part[:, 1:] != part[:, :-1]).any(0)
-        return np.split(order, np.flatnonzero(new) + 1)
+        cuts = [0, *(np.flatnonzero(new) + 1).tolist(), len(order)]
+        return [order[a:b] for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
 
     def _let_in(self, order: np.ndarray, inside: list[int], reader: int) -> np.ndarray:
         """Divide every group into what ``reader`` wants and the rest, so turned that runs go on over borders."""
         wanted = self.columns.wanted[reader]
         groups = self._groups(order, inside)
+        self.budget.spend(GROUP_CELLS * len(groups))
         divided = [(g[wanted[g]], g[~wanted[g]]) for g in groups]
         # Fewest changes so far if the last element is not wanted (0), if it is (1); and how that came about.
         fewest, turns = (0, len(order)), []
