@@ -4,8 +4,8 @@ Let K be the readers that do not gather, and M the number of different columns a
 counted in. An order steps from column to column, from nothing and back to nothing, and each step begins or ends a run
 of somebody, so K's readers have M / 2 runs at least: M / 2 - |K| beyond the first ones. As M may be as great as 2^|K|,
 few readers can do without a gather. In a group of readers every choice of K is tried; what different groups must pay
-adds up. For the choices that decide, the tour's two steps at each column are counted with their weights, from its two
-nearest columns: half the sum of these is a bound of any tour.
+adds up. For the choices that decide, steps count with their weights: half of the way from each column to its two nearest
+ones is the least that any tour must go.
 """
 
 from __future__ import annotations
@@ -14,9 +14,13 @@ from collections.abc import Callable
 
 import numpy as np
 
+from .budget import Budget
+
 GROUP = 14  # readers of which every choice is tried
-REFINED = 300  # choices per group that are looked at closely
-MOST_COLUMNS = 512  # of a choice that is
+LARGEST = 16  # if there are no more
+ROUNDS = 30  # of tolls
+CELLS = 30_000_000  # of distance tables, for all groups
+MOST_COLUMNS = 512  # of a choice looked at closely
 
 
 def counting_bound(
@@ -33,28 +37,31 @@ def counting_bound(
     """
     ranked = np.lexsort((np.arange(len(gather)), -gather))
     total = 0.0
-    for begin in range(0, len(ranked), GROUP):
-        mine = ranked[begin : begin + GROUP]
+    size = GROUP if len(ranked) > LARGEST else LARGEST
+    groups = [ranked[begin : begin + size] for begin in range(0, len(ranked), size)]
+    for mine in groups:
+        budget = Budget(CELLS // len(groups))
         common = present[mine].all(0)
         least = np.minimum(gather, piece)[mine]
         further = _further_runs(wanted[mine][:, common])
         must = np.maximum(further, 0) * _subset_min(least)
         _raise_triples(must, mine, least, clash)
-        total += _refined(_superset_max(must), _gathered(gather[mine]), wanted[mine][:, common], least)
+        total += _refined(_superset_max(must), _gathered(gather[mine]), wanted[mine][:, common], least, budget)
     return total
 
 
-def _refined(must: np.ndarray, gathered: np.ndarray, wanted: np.ndarray, least: np.ndarray) -> float:
+def _refined(must: np.ndarray, gathered: np.ndarray, wanted: np.ndarray, least: np.ndarray, budget: Budget) -> float:
     """The cheapest choice, where the cheapest so far is looked at closely until it has been."""
     rows = 1 << np.arange(len(wanted))
     codes = np.append(0, np.unique(rows @ wanted))
     sets = np.arange(len(must))
     done: set[int] = set()
     paid = must + gathered
-    for _ in range(REFINED):
+    while True:
         choice = int(paid.argmin())
         columns = np.unique(codes & choice)
-        if choice in done or not 2 < len(columns) <= MOST_COLUMNS:
+        work = len(must) + ROUNDS * (len(columns) ** 2 + 1000)
+        if choice in done or not 2 < len(columns) <= MOST_COLUMNS or not budget.spend(work):
             break
         done.add(choice)
         above = sets & choice == choice
@@ -65,12 +72,23 @@ def _refined(must: np.ndarray, gathered: np.ndarray, wanted: np.ndarray, least: 
 
 
 def _tour(columns: np.ndarray, least: np.ndarray) -> float:
-    """What readers must pay beyond one run each. columns: 0 or 1, different columns x readers; one of them all 0."""
+    """What readers must pay beyond one run each. columns: 0 or 1, different columns x readers; one of them all 0.
+
+    A toll on passing a column makes any tour longer by twice all tolls, so what is left when they are taken off again
+    is a bound too; tolls rise where too many columns have their nearest one (Held and Karp 1971, without the tree).
+    """
     apart = (columns * least) @ (1 - columns).T / 2
     apart = apart + apart.T
     np.fill_diagonal(apart, np.inf)
-    nearest = np.partition(apart, 1, axis=1)[:, :2]
-    value = max(float(nearest.sum()) / 2 - float(least.sum()), 0.0)
+    toll = np.zeros(len(columns))
+    longest, step = 0.0, float(least.min()) / 2
+    for _ in range(ROUNDS):
+        tolled = apart + toll[:, None] + toll[None, :]
+        two = np.argpartition(tolled, 1, axis=1)[:, :2]
+        longest = max(longest, float(np.take_along_axis(tolled, two, axis=1).sum()) / 2 - 2 * float(toll.sum()))
+        toll += step * (np.bincount(two.reshape(-1), minlength=len(toll)) / 2 - 1)
+        step *= 0.9
+    value = max(longest - float(least.sum()), 0.0)
     if least.min() == least.max():  # runs are whole
         value = float(np.ceil(value / least[0] - 1e-9) * least[0])
     return value

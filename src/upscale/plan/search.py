@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .budget import Budget
 from .columns import Columns
 
 MOST_GROUPS = 256  # that moves are tried on: a move looks at every pair of groups
@@ -36,17 +37,6 @@ class Prices:
     def per_reader(self, amounts: np.ndarray) -> np.ndarray:
         """Amounts per wish, summed per reader."""
         return np.bincount(self.reader, weights=amounts, minlength=int(self.reader.max()) + 1)
-
-
-class Budget:
-    """Work that may still be done, in cells of tables looked at: not in seconds, so that results repeat."""
-
-    def __init__(self, cells: int) -> None:
-        self.left = cells
-
-    def spend(self, cells: int) -> bool:
-        self.left -= cells
-        return self.left > 0
 
 
 def runs(flags: np.ndarray) -> np.ndarray:
