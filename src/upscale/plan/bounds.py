@@ -4,8 +4,8 @@ Let K be the readers that do not gather, and M the number of different columns a
 counted in. An order steps from column to column, from nothing and back to nothing, and each step begins or ends a run
 of somebody, so K's readers have M / 2 runs at least: M / 2 - |K| beyond the first ones. As M may be as great as 2^|K|,
 few readers can do without a gather. In a group of readers every choice of K is tried; what different groups must pay
-adds up. For the choices that decide, steps count with their weights: half of the way from each column to its two nearest
-ones is the least that any tour must go.
+adds up. For the choices that decide, steps count with their weights: half of the way from each column to its two
+nearest ones is the least that any tour must go.
 """
 
 from __future__ import annotations

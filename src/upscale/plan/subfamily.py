@@ -2,17 +2,22 @@
 
 Feasible families are hereditary (a subfamily of one is one), as cliques are, so the bound is the one known for
 weighted cliques: given the readers chosen, others clash in pairs; of readers that all clash with each other at most
-one can still be served.
+one can still be served. Whenever readers turn out not to be served together, a smallest such set among them is kept
+(a nogood, as in constraint programming): it clashes wherever all but two of it are chosen.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 from .clashes import Clashes
 from .consecutive import Tree, reduce
+
+MOST_NOGOODS = 600  # kept: all of them are looked at for every family
+LATEST = 3  # members of a family up to which triples of others are looked at
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,8 @@ class _Search:
         self.ranked = sorted(range(len(demands)), key=lambda i: (-demands[i].weight, i))
         self.best = self.root
         self.tries = 0
+        self.nogoods: list[int] = []
+        self.exact = not any(d.wild for d in demands)
 
     def run(self) -> Family:
         self._dive(self.root)
@@ -78,16 +85,61 @@ class _Search:
     def _join(self, node: _Node, i: int) -> _Node | None:
         """The family with reader ``i`` in it, None where no order was found."""
         self.tries += 1
-        demand = self.demands[i]
-        tree = reduce(node.tree, demand.inside, demand.wild)
+        chosen = node.chosen | 1 << i
+        if any(nogood & chosen == nogood for nogood in self.nogoods):
+            return None
+        tree = self._try(node.tree, i)
         if tree is None:
+            if self.exact and len(self.nogoods) < MOST_NOGOODS:
+                self.nogoods.append(self._explain(node.chosen, i))
             return None
         conflicts = tuple(a | b for a, b in zip(node.conflicts, self.clashes.triples[i], strict=True))
         left = node.open & ~node.conflicts[i] & ~(1 << i)
-        new = _Node(tree, node.chosen | 1 << i, node.weight + demand.weight, left, conflicts)
+        new = _Node(tree, chosen, node.weight + self.demands[i].weight, left, conflicts)
         if new.weight > self.best.weight:
             self.best = new
         return new
+
+    def _try(self, tree: Tree, i: int) -> Tree | None:
+        self.tries += 1
+        return reduce(tree, self.demands[i].inside, self.demands[i].wild)
+
+    def _explain(self, chosen: int, last: int) -> int:
+        """Of readers ``chosen``, who can be served, and ``last``, a smallest set that cannot (none can be left out)."""
+        base = self._try(self.root.tree, last)
+        found = 1 << last
+        left = [i for i in range(len(self.demands)) if chosen >> i & 1]
+        while base is not None:
+            place = self._too_much(base, left)
+            left, needed = left[:place], left[place]
+            found |= 1 << needed
+            base = self._try(base, needed)
+        return found
+
+    def _too_much(self, tree: Tree, readers: Sequence[int]) -> int:
+        """The place of the first reader who, with all before, cannot be served; there is one."""
+        for place, i in enumerate(readers):
+            more = self._try(tree, i)
+            if more is None:
+                return place
+            tree = more
+        raise AssertionError("readers that clashed a moment ago do not")
+
+    def _know(self, node: _Node) -> _Node:
+        """The family with what the nogoods say about it."""
+        conflicts, left = list(node.conflicts), node.open
+        for nogood in self.nogoods:
+            rest = nogood & ~node.chosen
+            if rest & ~left:
+                continue
+            low = rest & -rest
+            high = rest ^ low
+            if not high:
+                left &= ~rest
+            elif not high & (high - 1):
+                conflicts[low.bit_length() - 1] |= high
+                conflicts[high.bit_length() - 1] |= low
+        return _Node(node.tree, node.chosen, node.weight, left, tuple(conflicts))
 
     def _dive(self, node: _Node) -> None:
         """Add whoever fits, dearest first."""
@@ -108,7 +160,7 @@ class _Search:
                 if self._uncertain(parent.chosen | 1 << i):
                     missed = max(missed, -bound)
                 continue
-            node = _Node(node.tree, node.chosen, node.weight, node.open & left, node.conflicts)
+            node = self._know(_Node(node.tree, node.chosen, node.weight, node.open & left, node.conflicts))
             for child, upper, rest in self._children(node, -bound):
                 if upper > self._target():
                     serial += 1
@@ -139,13 +191,51 @@ class _Search:
                     break
             else:
                 classes.append((node.conflicts[i], [i]))
+        lost = self._lost(node, [inside for _, inside in classes])
         found = []
         bound, before = node.weight, 0
-        for _, inside in classes:
+        for (_, inside), loss in zip(classes, lost, strict=True):
             below = bound
-            bound += self.demands[inside[0]].weight
+            bound += self.demands[inside[0]].weight - loss
             for i in inside:  # of its own class none can follow
                 found.append((i, min(most, below + self.demands[i].weight), before))
             for i in inside:
                 before |= 1 << i
         return found
+
+    def _lost(self, node: _Node, classes: list[list[int]]) -> list[float]:
+        """What the classes up to each one cannot save beyond their dearest, because sets of three or more clash.
+
+        Each set that clashes takes a share from all its members, and nobody gives more than it would save; a class
+        has only the lead of its dearest reader over the next to give.
+        """
+        lead: dict[int, float] = {}
+        rank: dict[int, int] = {}
+        for place, inside in enumerate(classes):
+            weights = [self.demands[i].weight for i in inside[:2]]
+            lead[inside[0]] = weights[0] - (weights[1] if len(inside) > 1 else 0.0)
+            rank[inside[0]] = place
+        lost = [0.0] * len(classes)
+        givers = sum(1 << i for i in lead if lead[i] > 0)
+        for rest in self._clashing(node, givers):
+            who = [i for i in lead if rest >> i & 1]
+            share = min(lead[i] for i in who)
+            if share > 0:
+                lost[max(rank[i] for i in who)] += share
+                for i in who:
+                    lead[i] -= share
+        return lost
+
+    def _clashing(self, node: _Node, among: int) -> Iterator[int]:
+        """Sets of readers of ``among`` that cannot all join the family."""
+        if node.chosen.bit_count() < LATEST:
+            for i, j in combinations([i for i in self.ranked if among >> i & 1], 2):
+                third = self.clashes.triples[i][j] & among & -(1 << max(i, j))
+                while third:
+                    low = third & -third
+                    third ^= low
+                    yield 1 << i | 1 << j | low
+        for nogood in self.nogoods:
+            rest = nogood & ~node.chosen
+            if not rest & ~among:
+                yield rest
