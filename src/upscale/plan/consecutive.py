@@ -15,6 +15,8 @@ from enum import Enum
 
 import numpy as np
 
+FEW = 16  # elements are taken out one by one, more of them by way of numpy
+
 
 @dataclass(frozen=True, slots=True)
 class Tree:
@@ -76,6 +78,13 @@ def pack(flags: np.ndarray) -> int:
 
 def members(elements: int) -> list[int]:
     """The elements of a set, in increasing order."""
+    if elements.bit_count() < FEW:
+        found = []
+        while elements:
+            low = elements & -elements
+            found.append(low.bit_length() - 1)
+            elements ^= low
+        return found
     raw = np.frombuffer(elements.to_bytes((elements.bit_length() + 7) // 8, "little"), dtype=np.uint8)
     return np.flatnonzero(np.unpackbits(raw, bitorder="little")).tolist()
 

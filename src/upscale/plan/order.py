@@ -24,7 +24,7 @@ from .subfamily import Demand, Family, best_family
 __all__ = ["Ordering", "Wish", "cost_of", "order_space", "runs"]
 
 MOST_READERS = 96  # the dearest, among which branch and bound chooses; the rest join where they fit
-TRIES = 4000  # subsets tried on a PQ-tree
+TRIES = 12_000  # families and subsets tried in branch and bound
 CELLS = 40_000_000  # of tables that local search looks at
 FEW = 7  # elements: all their orders are looked at
 

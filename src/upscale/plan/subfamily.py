@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from .clashes import Clashes
-from .consecutive import Tree, reduce
+from .consecutive import Tree, members, reduce
 
 MOST_NOGOODS = 600  # kept: all of them are looked at for every family
 LATEST = 3  # members of a family up to which triples of others are looked at
@@ -73,7 +73,7 @@ class _Search:
     def run(self) -> Family:
         self._dive(self.root)
         for first in self.ranked:
-            if self.root.open >> first & 1 and self.tries < self.limit // 3:
+            if self.root.open >> first & 1 and self.tries < self.limit // 4:
                 node = self._join(self.root, first)
                 if node is not None:
                     self._dive(node)
@@ -218,12 +218,15 @@ class _Search:
         lost = [0.0] * len(classes)
         givers = sum(1 << i for i in lead if lead[i] > 0)
         for rest in self._clashing(node, givers):
-            who = [i for i in lead if rest >> i & 1]
-            share = min(lead[i] for i in who)
-            if share > 0:
-                lost[max(rank[i] for i in who)] += share
-                for i in who:
-                    lead[i] -= share
+            if rest & ~givers:
+                continue
+            who = members(rest)
+            share = min([lead[i] for i in who])
+            lost[max([rank[i] for i in who])] += share
+            for i in who:
+                lead[i] -= share
+                if lead[i] <= 0:
+                    givers ^= 1 << i
         return lost
 
     def _clashing(self, node: _Node, among: int) -> Iterator[int]:
