@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from upscale.errors import InputError
 from upscale.plan import order as planner
+from upscale.plan.bounds import counting_bound
 from upscale.plan.clashes import find_clashes
 from upscale.plan.consecutive import Tree, bits, chain, free, frontier, members, reduce
 from upscale.plan.order import Ordering, Wish, cost_of, order_space
@@ -229,8 +230,8 @@ def test_a_hidden_order_of_blocks_is_found(free_blocks: bool) -> None:
 def test_the_bound_is_zero_where_tensors_lack_channels_and_an_order_serves_all() -> None:
     generator = np.random.default_rng(9)
     zero = 0
-    for _ in range(12):
-        _, windows = planted(generator, 120, 20)
+    for _ in range(6):
+        _, windows = planted(generator, 120, 12)
         held = [generator.random(120) < 0.7 for _ in windows]
         found = order_space([np.arange(120)], [Wish(w & h, 1.0, INF, h) for w, h in zip(windows, held, strict=True)])
         assert found.bound == 0
@@ -353,3 +354,51 @@ def test_cost_of_counts_as_the_readers_pay() -> None:
     held = np.array([True, False, True, True, True])
     assert cost_of(np.arange(5), [Wish(wanted, 9.0, 2.0, held)]) == 2.0
     assert isinstance(order_space([np.arange(5)], [Wish(wanted, 9.0)]), Ordering)
+
+
+@pytest.mark.parametrize("readers", [4, 6])
+def test_the_counted_bound_is_below_every_order(readers: int) -> None:
+    """Seven elements, every order; dear gathers, so that runs decide, and cheap ones, so that both do."""
+    generator = np.random.default_rng(14)
+    orders = np.array(list(itertools.permutations(range(7))))
+    close = 0
+    for round_ in range(30):
+        wanted = generator.random((readers, 7)) < 0.5
+        present = np.ones_like(wanted) if round_ % 3 else wanted | (generator.random((readers, 7)) < 0.7)
+        piece = generator.integers(1, 4, readers).astype(float) if round_ % 2 else np.ones(readers)
+        gather = generator.integers(2, 5 if round_ % 5 else 50, readers).astype(float)
+        clashes = find_clashes(free(0b1111111), wanted, present)
+        bound = counting_bound(wanted, present, gather, piece, lambda i, j, k: bool(clashes.triples[i][j] >> k & 1))  # noqa: B023
+        costs = np.zeros(len(orders))
+        for row, held, most, each in zip(wanted, present, gather, piece, strict=True):
+            flags = np.where(held, row, 2)[orders].tolist()
+            extra = np.array([len([k for k, _ in itertools.groupby(x for x in f if x != 2) if k]) - 1 for f in flags])
+            costs += np.where(extra > 0, np.minimum(most, each * np.maximum(extra, 1)), 0)
+        assert bound <= costs.min() + 1e-9
+        close += bound >= costs.min() - 1
+    assert close >= 20
+
+
+def test_the_counted_bound_is_that_of_a_gray_code() -> None:
+    """All 2^k columns: 2^k / 2 runs, one for each reader free; or all but some gather."""
+    for readers in (3, 5, 7):
+        columns = np.array(list(itertools.product([False, True], repeat=readers))).T
+        dear, one = np.full(readers, 1000.0), np.ones(readers)
+        bound = counting_bound(columns, np.ones_like(columns), dear, one, lambda i, j, k: True)
+        assert bound == 2**readers / 2 - readers
+        bound = counting_bound(columns, np.ones_like(columns), dear, 1000 * one, lambda i, j, k: True)
+        assert bound == 1000 * (readers - 2)
+
+
+def test_a_smaller_work_limit_is_honest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows with noise: with less work the cost may rise and the bound may fall, and neither crosses the other."""
+    generator = np.random.default_rng(15)
+    _, windows = planted(generator, 300, 14)
+    wishes = [Wish(w ^ (generator.random(300) < 0.002), float(generator.integers(1, 9))) for w in windows]
+    full = order_space([np.arange(300)], wishes)
+    assert full.proven and 0 < full.cost
+    for tries in (0, 10, 100, 1000):
+        monkeypatch.setattr(planner, "TRIES", tries)
+        found = order_space([np.arange(300)], wishes)
+        assert found.bound <= full.cost <= found.cost
+        assert found.cost == pytest.approx(paid(found.order.tolist(), wishes))

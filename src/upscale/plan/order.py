@@ -15,17 +15,19 @@ import numpy as np
 
 from ..errors import InputError
 from .bounds import counting_bound
+from .budget import Budget
 from .clashes import Clashes, find_clashes
 from .columns import Columns, group_columns
 from .consecutive import Tree, frontier, pack, reduce
-from .search import Budget, Prices, improve, runs, runs_among
-from .subfamily import Demand, Family, best_family
+from .search import Prices, improve, runs, runs_among
+from .subfamily import Demand, best_family
 
 __all__ = ["Ordering", "Wish", "cost_of", "order_space", "runs"]
 
 MOST_READERS = 96  # the dearest, among which branch and bound chooses; the rest join where they fit
 TRIES = 12_000  # families and subsets tried in branch and bound
-CELLS = 40_000_000  # of tables that local search looks at
+CELLS = 30_000_000  # of tables that local search looks at
+ROUNDING = 1e-9  # of sums of costs, relative
 FEW = 7  # elements: all their orders are looked at
 
 
@@ -163,22 +165,40 @@ class _Problem:
         tree = self._join(self.columns.tree, sorted(self.ranked, key=lambda i: self.wild[i].bit_count()))
         if tree is not None:
             return Ordering(self.columns.expand(frontier(tree)), 0.0, 0.0, True)
+        if len(self.columns.channels) <= FEW:
+            order, cost = self._cheapest([*map(self.columns.expand, _every_order(self.columns))])
+            return Ordering(order, cost, cost, True)
+        return self._search()
+
+    def _search(self) -> Ordering:
         dearest = self.ranked[:MOST_READERS]
         clashes = find_clashes(self.columns.tree, self.columns.wanted[dearest], self.columns.present[dearest])
         demands = [Demand(self.sets[i], self.wild[i], self.weights[i]) for i in dearest]
         family = best_family(self.columns.tree, demands, clashes, TRIES)
-        bound = max(sum(self.weights[i] for i in dearest) - family.upper, 0.0)
-        orders = self._orders(family, [dearest[i] for i in family.chosen])
-        costs = [self.now, *(self._cost(order) for order in orders)]
-        if not _meets(min(costs), bound) and len(self.columns.channels) <= FEW:
-            orders = [self.original, *map(self.columns.expand, _every_order(self.columns))]
-            costs = [cost_of(order, self.wishes) for order in orders]
-            return Ordering(orders[int(np.argmin(costs))], min(costs), min(costs), True)
-        best = int(np.argmin(costs))
-        if not _meets(costs[best], bound):
+        total = sum(self.weights[i] for i in dearest)
+        bound = total - family.upper if family.upper < total * (1 - ROUNDING) else 0.0
+        start, served = self._extend(family.tree, [dearest[i] for i in family.chosen])
+        order, cost = self._cheapest([self.columns.expand(start)])
+        if not _meets(cost, bound) and self._improvable():
+            budget = Budget(CELLS)
+            found = [
+                improve(self.columns, self.prices, *way, budget) for way in ((start, served), (np.sort(start), []))
+            ]
+            order, cost = self._cheapest([order, *map(self.columns.expand, found)])
             bound = max(bound, self._counted(dearest, clashes))
-        bound = min(bound, costs[best])
-        return Ordering([self.original, *orders][best], costs[best], bound, _meets(costs[best], bound))
+        bound = min(bound, cost)
+        return Ordering(order, cost, bound, _meets(cost, bound))
+
+    def _improvable(self) -> bool:
+        """Whether what branch and bound cannot serve may be had for less than its gather, or served all the same."""
+        return bool((self.prices.piece < self.prices.gather).any()) or any(self.wild)
+
+    def _cheapest(self, orders: Sequence[np.ndarray]) -> tuple[np.ndarray, float]:
+        """The first of the cheapest orders of the channels, the original one before all others."""
+        orders = [self.original, *orders]
+        costs = [self.now, *(cost_of(order, self.wishes) for order in orders[1:])]
+        best = int(np.argmin(costs))
+        return orders[best], costs[best]
 
     def _counted(self, readers: Sequence[int], clashes: Clashes) -> float:
         """The bound by counting columns, wish by wish; it has something to say where slices cost less than a gather."""
@@ -197,32 +217,23 @@ class _Problem:
             lambda i, j, k: bool(clashes.triples[place[rows[i]]][place[rows[j]]] >> place[rows[k]] & 1),
         )
 
-    def _cost(self, order: np.ndarray) -> float:
-        return cost_of(order, self.wishes)
-
     def _join(self, tree: Tree | None, readers: Sequence[int]) -> Tree | None:
         """The tree of the orders that serve all these readers."""
         for i in readers:
             tree = None if tree is None else reduce(tree, self.sets[i], self.wild[i])
         return tree
 
-    def _orders(self, family: Family, served: list[int]) -> list[np.ndarray]:
-        """Orders worth looking at, best prospects first."""
-        tree = family.tree
+    def _extend(self, tree: Tree, served: list[int]) -> tuple[np.ndarray, list[int]]:
+        """An order of the elements that serves these readers and whoever else fits, and who that is."""
         for i in self.ranked:
             more = None if i in served else self._join(tree, [i])
-            tree, served = (tree, served) if more is None else (more, [*served, i])
-        start = np.array(frontier(tree))
-        found = [start]
-        if (self.prices.piece < self.prices.gather).any() or any(self.wild):
-            budget = Budget(CELLS)
-            found.append(improve(self.columns, self.prices, start, served, budget))
-            found.append(improve(self.columns, self.prices, np.arange(len(start)), [], budget))
-        return [self.columns.expand(order) for order in found]
+            if more is not None:
+                tree, served = more, [*served, i]
+        return np.array(frontier(tree)), served
 
 
 def _meets(cost: float, bound: float) -> bool:
-    return cost <= bound * (1 + 1e-9)
+    return cost <= bound * (1 + ROUNDING)
 
 
 def _every_order(columns: Columns) -> list[tuple[int, ...]]:
