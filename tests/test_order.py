@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import pytest
@@ -130,11 +131,11 @@ def test_clashes_are_those_of_every_order() -> None:
             assert clashes.triples[i][j] >> k & 1 == clashes.triples[k][i] >> j & 1
             seen += not any(alike)
         for i, j in itertools.combinations(range(4), 2):
-            served = [all(count_runs(o, wanted[r], present[r]) <= 1 for r in (i, j)) for o in orders]
-            if clashes.pairs[i] >> j & 1 or clashes.alone & (1 << i | 1 << j):
-                assert not any(served)
-            elif round_ % 2:
-                assert any(served)
+            common = present[i] & present[j]
+            served = any(all(count_runs(o, wanted[r], common) <= 1 for r in (i, j)) for o in orders)
+            alone = [any(count_runs(o, wanted[r], present[r]) <= 1 for o in orders) for r in (i, j)]
+            assert [bool(clashes.alone >> r & 1) for r in (i, j)] == [not a for a in alone]
+            assert not all(alone) or bool(clashes.pairs[i] >> j & 1) == (not served)
     assert seen >= 3
 
 
@@ -356,6 +357,10 @@ def test_cost_of_counts_as_the_readers_pay() -> None:
     assert isinstance(order_space([np.arange(5)], [Wish(wanted, 9.0)]), Ordering)
 
 
+def clashing(triples: Sequence[Sequence[int]], i: int, j: int, k: int) -> bool:
+    return bool(triples[i][j] >> k & 1)
+
+
 @pytest.mark.parametrize("readers", [4, 6])
 def test_the_counted_bound_is_below_every_order(readers: int) -> None:
     """Seven elements, every order; dear gathers, so that runs decide, and cheap ones, so that both do."""
@@ -368,7 +373,8 @@ def test_the_counted_bound_is_below_every_order(readers: int) -> None:
         piece = generator.integers(1, 4, readers).astype(float) if round_ % 2 else np.ones(readers)
         gather = generator.integers(2, 5 if round_ % 5 else 50, readers).astype(float)
         clashes = find_clashes(free(0b1111111), wanted, present)
-        bound = counting_bound(wanted, present, gather, piece, lambda i, j, k: bool(clashes.triples[i][j] >> k & 1))  # noqa: B023
+        clash = partial(clashing, clashes.triples)
+        bound = counting_bound(wanted, present, gather, piece, np.zeros(readers), clash)
         costs = np.zeros(len(orders))
         for row, held, most, each in zip(wanted, present, gather, piece, strict=True):
             flags = np.where(held, row, 2)[orders].tolist()
@@ -384,10 +390,25 @@ def test_the_counted_bound_is_that_of_a_gray_code() -> None:
     for readers in (3, 5, 7):
         columns = np.array(list(itertools.product([False, True], repeat=readers))).T
         dear, one = np.full(readers, 1000.0), np.ones(readers)
-        bound = counting_bound(columns, np.ones_like(columns), dear, one, lambda i, j, k: True)
+        bound = counting_bound(columns, np.ones_like(columns), dear, one, np.zeros(readers), lambda i, j, k: True)
         assert bound == 2**readers / 2 - readers
-        bound = counting_bound(columns, np.ones_like(columns), dear, 1000 * one, lambda i, j, k: True)
+        bound = counting_bound(
+            columns, np.ones_like(columns), dear, 1000 * one, np.zeros(readers), lambda i, j, k: True
+        )
         assert bound == 1000 * (readers - 2)
+
+
+@pytest.mark.parametrize("slices", [False, True])
+def test_blocks_that_readers_want_in_part_must_be_paid_for(slices: bool) -> None:
+    """Six blocks, each wanted in part: six ends of runs, three runs at least. A frozen block keeps all its ends."""
+    blocks = np.split(np.arange(24), 6)
+    wanted = np.arange(24) % 4 == 0
+    piece = 1.0 if slices else INF
+    found = order_space(blocks, [Wish(wanted, 10.0, piece)])
+    assert found.cost == found.bound == (2.0 if slices else 10.0) and found.proven
+    found = order_space(blocks, [Wish(np.arange(24) % 2 == 0, 30.0, piece)], frozen=[True] * 6)
+    assert found.cost == (11.0 if slices else 30.0)
+    assert found.bound == (8.0 if slices else 30.0)  # of the 18 ends inside blocks, nine runs
 
 
 def test_a_smaller_work_limit_is_honest(monkeypatch: pytest.MonkeyPatch) -> None:

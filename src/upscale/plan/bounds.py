@@ -28,12 +28,13 @@ def counting_bound(
     present: np.ndarray,
     gather: np.ndarray,
     piece: np.ndarray,
+    forced: np.ndarray,
     clash: Callable[[int, int, int], bool],
 ) -> float:
     """A cost that no order undercuts.
 
-    wanted, present: bool, readers x elements. gather, piece: per reader, as in a wish. clash: whether
-    three readers cannot all have one run.
+    wanted, present: bool, readers x elements. gather, piece: per reader, as in a wish. forced: runs beyond the first
+    that each reader has in any order. clash: whether three readers cannot all have one run.
     """
     ranked = np.lexsort((np.arange(len(gather)), -gather))
     total = 0.0
@@ -45,8 +46,9 @@ def counting_bound(
         least = np.minimum(gather, piece)[mine]
         further = _further_runs(wanted[mine][:, common])
         must = np.maximum(further, 0) * _subset_min(least)
+        must = np.maximum(must, _paid_by_others(least * forced[mine])[::-1])
         _raise_triples(must, mine, least, clash)
-        total += _refined(_superset_max(must), _gathered(gather[mine]), wanted[mine][:, common], least, budget)
+        total += _refined(_superset_max(must), _paid_by_others(gather[mine]), wanted[mine][:, common], least, budget)
     return total
 
 
@@ -134,10 +136,10 @@ def _subset_min(values: np.ndarray) -> np.ndarray:
     return least
 
 
-def _gathered(gather: np.ndarray) -> np.ndarray:
-    """What all others pay for gathers, for every set that does not."""
+def _paid_by_others(prices: np.ndarray) -> np.ndarray:
+    """For every set, the sum of the prices of all who are not in it."""
     total = np.array([0.0])
-    for value in gather.tolist():
+    for value in prices.tolist():
         total = np.concatenate([total + value, total])
     return total
 

@@ -13,7 +13,7 @@ from itertools import combinations
 
 import numpy as np
 
-from .consecutive import Tree, free, pack, reduce
+from .consecutive import Tree, free, pack, reduce, restrict
 
 REGIONS = 7  # of three subsets, but for the elements that none of them wants
 
@@ -36,21 +36,29 @@ def find_clashes(tree: Tree, wanted: np.ndarray, present: np.ndarray) -> Clashes
 
     wanted, present: bool, readers x elements; ``wanted`` within ``present``.
     """
-    exact = [bool(p.all()) for p in present]
-    alone, pairs = _by_tree(tree, [pack(w) for w in wanted], exact)
+    alone, pairs = _by_tree(tree, [pack(w) for w in wanted], [pack(p) for p in present])
     return Clashes(alone, pairs, _triples(wanted, present))
 
 
-def _by_tree(tree: Tree, sets: Sequence[int], exact: Sequence[bool]) -> tuple[int, tuple[int, ...]]:
+def _by_tree(tree: Tree, wanted: Sequence[int], present: Sequence[int]) -> tuple[int, tuple[int, ...]]:
     """Single readers and pairs that contradict the tree itself; a tree of loose elements contradicts none."""
-    pairs = [0] * len(sets)
+    pairs = [0] * len(wanted)
     if not tree.children:
         return 0, tuple(pairs)
-    trees = [reduce(tree, s) if known else tree for s, known in zip(sets, exact, strict=True)]
-    alone = sum(1 << i for i, t in enumerate(trees) if t is None)
-    for i, j in combinations([i for i, t in enumerate(trees) if t is not None and exact[i]], 2):
-        base = trees[i]
-        if base is not None and reduce(base, sets[j]) is None:
+    trees: dict[tuple[int, int], Tree | None] = {}
+
+    def serving(held: int, i: int) -> Tree | None:
+        """The orders of the elements ``held`` that serve reader i."""
+        if (held, i) not in trees:
+            base = restrict(tree, held)
+            trees[held, i] = None if base is None else reduce(base, wanted[i] & held)
+        return trees[held, i]
+
+    alone = sum(1 << i for i, held in enumerate(present) if wanted[i] and serving(held, i) is None)
+    for i, j in combinations([i for i in range(len(wanted)) if not alone >> i & 1], 2):
+        held = present[i] & present[j]
+        base = serving(held, i)
+        if held and (base is None or reduce(base, wanted[j] & held) is None):
             pairs[i] |= 1 << j
             pairs[j] |= 1 << i
     return alone, tuple(pairs)

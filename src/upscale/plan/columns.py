@@ -34,6 +34,21 @@ class Columns:
         return np.concatenate([self.channels[int(e)] for e in order])
 
 
+def further_runs(columns: Columns) -> np.ndarray:
+    """How many runs beyond the first the blocks force on each reader, whatever the order.
+
+    A block that a reader wants in part has an end of one of its runs inside, a frozen one all that it has as it is.
+    """
+    frozen = np.array(columns.frozen)
+    forced = []
+    for wanted, present in zip(columns.wanted, columns.present, strict=True):
+        block, flags = columns.block[present], wanted[present]
+        inside = (flags[1:] != flags[:-1]) & (block[1:] == block[:-1])
+        ends = np.bincount(block[1:][inside], minlength=len(frozen))
+        forced.append(int(np.where(frozen, ends, np.minimum(ends, 1)).sum() + 1) // 2 - 1)
+    return np.maximum(forced, 0)
+
+
 def group_columns(
     blocks: Sequence[np.ndarray],
     frozen: Sequence[bool],

@@ -116,6 +116,19 @@ def reduce(tree: Tree, inside: int, wild: int = 0) -> Tree | None:
     return new
 
 
+def restrict(tree: Tree, kept: int) -> Tree | None:
+    """The orders that are left when all elements but ``kept`` are taken out; None if none is left.
+
+    Recursion goes as deep as the tree: blocks and their channels, before subsets have made it deeper.
+    """
+    if not tree.mask & ~kept:
+        return tree
+    children = [child for c in tree.children if c.mask & kept and (child := restrict(c, kept)) is not None]
+    if tree.linear:
+        return chain(children, tree.sign) if children else None
+    return free(tree.loose & kept, children) if tree.mask & kept else None
+
+
 def frontier(tree: Tree) -> list[int]:
     """One of the orders that the tree stands for: small elements early, as far as it lets them."""
     order: list[int] = []

@@ -17,7 +17,7 @@ from ..errors import InputError
 from .bounds import counting_bound
 from .budget import Budget
 from .clashes import Clashes, find_clashes
-from .columns import Columns, group_columns
+from .columns import Columns, further_runs, group_columns
 from .consecutive import Tree, frontier, pack, reduce
 from .search import Prices, improve, runs, runs_among
 from .subfamily import Demand, best_family
@@ -214,6 +214,7 @@ class _Problem:
             self.columns.present[rows],
             gather[mine],
             piece[mine],
+            further_runs(self.columns)[rows],
             lambda i, j, k: bool(clashes.triples[place[rows[i]]][place[rows[j]]] >> place[rows[k]] & 1),
         )
 
