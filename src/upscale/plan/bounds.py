@@ -76,8 +76,8 @@ def _refined(must: np.ndarray, gathered: np.ndarray, wanted: np.ndarray, least: 
 def _tour(columns: np.ndarray, least: np.ndarray) -> float:
     """What readers must pay beyond one run each. columns: 0 or 1, different columns x readers; one of them all 0.
 
-    A toll on passing a column makes any tour longer by twice all tolls, so what is left when they are taken off again
-    is a bound too; tolls rise where too many columns have their nearest one (Held and Karp 1971, without the tree).
+    Tolls on passing a column, which sum to nothing, leave the length of any tour as it is, and so does the bound hold
+    with them; they rise where too many columns have their nearest one (Held and Karp 1971, without the tree).
     """
     apart = (columns * least) @ (1 - columns).T / 2
     apart = apart + apart.T
@@ -87,7 +87,7 @@ def _tour(columns: np.ndarray, least: np.ndarray) -> float:
     for _ in range(ROUNDS):
         tolled = apart + toll[:, None] + toll[None, :]
         two = np.argpartition(tolled, 1, axis=1)[:, :2]
-        longest = max(longest, float(np.take_along_axis(tolled, two, axis=1).sum()) / 2 - 2 * float(toll.sum()))
+        longest = max(longest, float(np.take_along_axis(tolled, two, axis=1).sum()) / 2)
         toll += step * (np.bincount(two.reshape(-1), minlength=len(toll)) / 2 - 1)
         step *= 0.9
     value = max(longest - float(least.sum()), 0.0)
