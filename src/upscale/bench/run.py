@@ -12,7 +12,6 @@ from .models import DEFAULT_SIZE, Source
 from .rows import Row, Setting, merged, read_rows, write_rows
 from .worker import Budget, Job
 
-
 #: glibc gives large blocks back to the system when they are freed, and gets them again page by page: at batch 8 that is
 #: up to twice the time of a convolution, depending on what stands at the heap's end. With these it keeps them.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 32)}

@@ -52,7 +52,7 @@ class _Builder:
     def __init__(self, flow: Flow, kept: Kept, mode: Mode, reorder: bool, setting: Setting) -> None:
         self.flow, self.kept, self.mode, self.setting = flow, kept, mode, setting
         self.reorder = reorder
-        self.rank = rank_classes(flow, kept, reorder, setting)
+        self.rank, self.orders = rank_classes(flow, kept, reorder, setting)
         self.parts = find_parts(flow, kept)
         self.positions: dict[Node, np.ndarray] = {}  # layout of every stored tensor
         self.physical: dict[Node, np.ndarray] = {}  # original position -> place in the layout
@@ -85,6 +85,7 @@ class _Builder:
             dead,
             self._barriers(),
             tuple(self.choices),
+            self.orders,
         )
 
     # -- layouts ------------------------------------------------------------------------------------------------

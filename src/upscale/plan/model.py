@@ -89,6 +89,18 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class Order:
+    """How well one space could be ordered: its channels and readers, what the readers pay for not getting one slice
+    each, and what they pay at least in any order (nanoseconds, by the cost model). ``proven``: no order is better."""
+
+    channels: int
+    readers: int
+    cost: float
+    bound: float
+    proven: bool
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything lowering needs to know. Keys are node names of the captured graph."""
 
@@ -104,6 +116,7 @@ class Plan:
     dead: tuple[str, ...] = ()  # nodes whose result nobody needs
     barriers: tuple[tuple[str, str, str], ...] = ()  # (where, operator, reason)
     choices: tuple[Choice, ...] = ()
+    orders: tuple[Order, ...] = ()  # of the spaces with several readers of a part
 
     def read_counts(self) -> Counter[str]:
         return Counter(read.kind for by_operand in self.reads.values() for read in by_operand.values())
@@ -127,6 +140,7 @@ class Plan:
             dead=tuple(data["dead"]),
             barriers=tuple(tuple(b) for b in data["barriers"]),
             choices=tuple(Choice(**c) for c in data["choices"]),
+            orders=tuple(Order(**o) for o in data["orders"]),
         )
 
 

@@ -9,9 +9,10 @@ import numpy as np
 from torch.fx import Node
 
 from ..flow import Flow
-from .cost import Setting
+from .cost import ReadCost, Setting
 from .keep import Kept
-from .order import Wish, order_block
+from .model import Order
+from .order import Ordering, Wish, order_space
 from .sources import locate
 from .union import DisjointSets
 
@@ -20,29 +21,72 @@ LEAST = 1.0  # nanoseconds: where a slice is copied like anything else, neighbou
 
 @dataclass(frozen=True)
 class Demanded:
-    """One read of a proper subset, as a flag per order class, and what it costs more if they are not neighbours."""
+    """What one read takes of one tensor. ``present``, ``wanted``: order classes that the tensor holds, and those of
+    them that are read. ``gather``, ``piece``: see :class:`~upscale.plan.order.Wish`."""
 
     wanted: np.ndarray
-    cost: float
+    present: np.ndarray
+    gather: float
+    piece: float
 
 
-def rank_classes(flow: Flow, kept: Kept, reorder: bool, setting: Setting) -> np.ndarray:
-    """A rank per order class: stored tensors list their channels by increasing rank.
+def rank_classes(flow: Flow, kept: Kept, reorder: bool, setting: Setting) -> tuple[np.ndarray, tuple[Order, ...]]:
+    """A rank per order class - stored tensors list their channels by increasing rank - and how good each order is.
 
     Without ``reorder``, or where somebody needs the original order, ranks follow it.
     """
     total = 1 + max((int(o.max()) for o in kept.order.values() if len(o)), default=0)
     rank = np.full(total, -1, dtype=np.int64)
-    count = 0
+    count, orders = 0, []
     fixed = _fixed_classes(kept, total)
-    demands = _demands(flow, kept, total, setting) if reorder else []
-    for classes in _blocks(flow, kept):
-        present = classes
-        if reorder and not fixed[classes].any():
-            present = _ordered(classes, demands)
-        rank[present] = np.arange(count, count + len(present))
-        count += len(present)
-    return rank
+    blocks = _blocks(flow, kept)
+    demands = _demands(flow, kept, setting) if reorder else []
+    for members, mine in _spaces(blocks, demands, total):
+        ordered = np.concatenate(members)
+        if mine:
+            ordering = _order(members, [bool(fixed[m].any()) for m in members], mine)
+            ordered = ordered[ordering.order]
+            if ordering.cost or len(mine) > 1:
+                orders.append(Order(len(ordered), len(mine), ordering.cost, ordering.bound, ordering.proven))
+        rank[ordered] = np.arange(count, count + len(ordered))
+        count += len(ordered)
+    return rank, tuple(orders)
+
+
+def _spaces(
+    blocks: list[np.ndarray], demands: list[Demanded], total: int
+) -> list[tuple[list[np.ndarray], list[Demanded]]]:
+    """Blocks that some tensor of a demand holds together, with the demands on them; in the order of their first."""
+    home = np.full(total, -1)
+    for number, block in enumerate(blocks):
+        home[block] = number
+    sets = DisjointSets(len(blocks))
+    touched = [np.unique(home[d.present]) for d in demands]
+    for held in touched:
+        sets.join(held, np.full(len(held), held[0]))
+    roots = sets.roots().tolist()
+    spaces: dict[int, tuple[list[np.ndarray], list[Demanded]]] = {r: ([], []) for r in dict.fromkeys(roots)}
+    for root, block in zip(roots, blocks, strict=True):
+        spaces[root][0].append(block)
+    for held, demand in zip(touched, demands, strict=True):
+        spaces[roots[held[0]]][1].append(demand)
+    return list(spaces.values())
+
+
+def _order(members: list[np.ndarray], frozen: list[bool], demands: list[Demanded]) -> Ordering:
+    """The order of the blocks' channels, as places in their concatenation."""
+    every = np.concatenate(members)
+    place = {c: i for i, c in enumerate(every.tolist())}
+
+    def flags(classes: np.ndarray) -> np.ndarray:
+        chosen = np.zeros(len(every), dtype=bool)
+        chosen[[place[c] for c in classes.tolist()]] = True
+        return chosen
+
+    wishes = [Wish(flags(d.wanted), d.gather, d.piece, flags(d.present)) for d in demands]
+    ends = np.cumsum([len(m) for m in members])
+    blocks = [np.arange(end - len(m), end) for m, end in zip(members, ends.tolist(), strict=True)]
+    return order_space(blocks, wishes, frozen=frozen, block_order_free=not any(frozen))
 
 
 def _fixed_classes(kept: Kept, total: int) -> np.ndarray:
@@ -124,17 +168,8 @@ def find_parts(flow: Flow, kept: Kept) -> dict[Node, np.ndarray]:
     return parts
 
 
-def _ordered(classes: np.ndarray, demands: list[Demanded]) -> np.ndarray:
-    wishes = []
-    for d in demands:
-        wanted = d.wanted[classes]
-        if wanted.any() and not wanted.all():
-            wishes.append(Wish(wanted, d.cost))
-    return classes[order_block(len(classes), wishes)]
-
-
-def _demands(flow: Flow, kept: Kept, total: int, setting: Setting) -> list[Demanded]:
-    """Reads of contractions and of hoisted transits."""
+def _demands(flow: Flow, kept: Kept, setting: Setting) -> list[Demanded]:
+    """Reads of a part of a tensor by contractions and hoisted transits, tensor by tensor."""
     found = []
     for node, f in flow.nodes.items():
         if node not in flow.used or node in kept.virtual:
@@ -149,15 +184,26 @@ def _demands(flow: Flow, kept: Kept, total: int, setting: Setting) -> list[Deman
         if link.anchored:
             continue
         place = locate(flow, kept.virtual, link, link.positions[wanted])
-        flags = np.zeros(total, dtype=bool)
-        for i, source in enumerate(place.tensors):
-            if source in kept.order:
-                units = _units(flow, source)[place.position[place.which == i]]
-                flags[kept.order[source][units]] = True
-        if flags.any():
-            cost, count = setting.reading(place.tensors[0], link.dim, f), int(wanted.sum())
-            found.append(Demanded(flags, max(cost.gather(count) - cost.view(count), LEAST)))
+        sources = [(i, s) for i, s in enumerate(place.tensors) if s in kept.order]
+        for i, source in sources:
+            classes = kept.order[source]
+            mine = np.unique(classes[_units(flow, source)[place.position[place.which == i]]])
+            present = np.unique(classes[kept.kept[source]])
+            if len(mine) < len(present) and np.isin(mine, present).all():
+                cost = setting.reading(source, link.dim, f)
+                found.append(Demanded(mine, present, *_prices(cost, len(mine), len(sources) > 1)))
     return found
+
+
+def _prices(cost: ReadCost, count: int, joined: bool) -> tuple[float, float]:
+    """What a read of ``count`` channels pays at most for not being one slice, and for each slice more.
+
+    Where it is joined with reads of other tensors it is copied anyway: only further slices cost.
+    """
+    if joined:
+        return max(cost.gather(count), LEAST), cost.join(2, count) - cost.join(1, count)
+    most = max(cost.gather(count) - cost.view(count), LEAST)
+    return most, max(cost.join(2, count) - cost.view(count), LEAST)
 
 
 def _units(flow: Flow, node: Node) -> np.ndarray:
