@@ -22,7 +22,7 @@ pytest.importorskip("typer")
 pytest.importorskip("psutil")
 
 from upscale.bench import checks, worker
-from upscale.bench.backends import eager, inductor, onnxruntime
+from upscale.bench.backends import inductor, onnxruntime
 from upscale.bench.markdown import document
 from upscale.bench.models import Source, build, find_models
 from upscale.bench.rows import COLUMNS, VARIANTS, Place, Row, Setting, grouped, merged, read_rows, write_rows
@@ -365,11 +365,6 @@ def test_quotients_of_missing_variants_are_missing() -> None:
 
 
 # -- backends ---------------------------------------------------------------------------------------------------------
-
-
-def test_eager_calls_the_module() -> None:
-    model, x = nn.Linear(3, 2), torch.ones(1, 3)
-    assert torch.equal(eager(model, (x,), SETTING)(x), model(x))
 
 
 def test_compile_without_a_compiler_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
