@@ -16,11 +16,12 @@ import numpy as np
 
 from .budget import Budget
 
-GROUP = 14  # readers of which every choice is tried
-LARGEST = 16  # if there are no more
+GROUP = 10  # readers of which every choice is tried
+LARGEST = 12  # if there are no more
 ROUNDS = 30  # of tolls
-CELLS = 30_000_000  # of distance tables, for all groups
+CELLS = 6_000_000  # of distance tables, for all groups
 MOST_COLUMNS = 512  # of a choice looked at closely
+CALLS = 20_000  # cells that take as long as the calls of one round
 
 
 def counting_bound(
@@ -62,7 +63,7 @@ def _refined(must: np.ndarray, gathered: np.ndarray, wanted: np.ndarray, least: 
     while True:
         choice = int(paid.argmin())
         columns = np.unique(codes & choice)
-        work = len(must) + ROUNDS * (len(columns) ** 2 + 1000)
+        work = len(must) + ROUNDS * (len(columns) ** 2 + CALLS)
         if choice in done or not 2 < len(columns) <= MOST_COLUMNS or not budget.spend(work):
             break
         done.add(choice)

@@ -28,7 +28,7 @@ MOST_READERS = 96  # the dearest, among which branch and bound chooses; the rest
 TRIES = 12_000  # families and subsets tried in branch and bound
 CELLS = 30_000_000  # of tables that local search looks at
 ROUNDING = 1e-9  # of sums of costs, relative
-FEW = 7  # elements: all their orders are looked at
+FEW = 6  # elements: all their orders are looked at
 
 
 @dataclass(frozen=True)
