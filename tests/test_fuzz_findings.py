@@ -269,3 +269,27 @@ def test_a_dead_branch_of_a_concatenation_that_a_softmax_keeps() -> None:
     net = Net(run, dead=nn.Conv1d(3, 3, 1), gate=nn.Linear(6, 6), head=nn.Linear(6, 2))
     pruned = exported(net, values(2, 3, 5), {"gate.weight": [0, 1, 2], "head.weight": [0, 1, 2]})
     assert not hasattr(pruned, "dead")
+
+
+def test_a_conversion_of_a_constant_channel_converts_it() -> None:
+    """A channel that is known to be False becomes 0.0: operators behind it do not take booleans."""
+    net = randomise(
+        Net(lambda m, x: torch.relu((m.first(x) > 0.0).to(x.dtype)) - 0.5, first=nn.Linear(3, 4)).double().eval()
+    )
+    with torch.no_grad():
+        net.first.weight[[1]] = 0
+        net.first.bias[1] = -1.0
+    check_equal(net, upscale.export(net, (values(2, 3),)), values(2, 3))
+
+
+def test_batch_norm_without_statistics_takes_no_single_value() -> None:
+    """Neither does the user's model: such a batch cannot be compared, and is no fault of the export."""
+    net = Net(lambda m, x: m.last(m.norm(m.first(x))), first=nn.Linear(3, 6), last=nn.Linear(6, 2))
+    net.norm = nn.BatchNorm1d(6, track_running_stats=False)
+    net = randomise(net.double().eval())
+    with torch.no_grad():
+        net.last.weight[:, [0, 3]] = 0
+    pruned = upscale.export(net, (values(4, 3),))
+    assert pruned.report.batches and 1 not in pruned.report.batches
+    for batch in (2, 5):
+        check_equal(net, pruned, values(batch, 3), batches=())

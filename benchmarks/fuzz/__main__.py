@@ -85,7 +85,7 @@ def _report(session: Session, console: Console) -> None:
     console.print(table)
     for note, count in session.notes.most_common():
         console.print(f"note in {count} reports: {note[:100]}", markup=False)
-    for failure in sorted(session.failures, key=lambda f: BAD.index(f.verdict.outcome)):
+    for failure in sorted(session.failures, key=lambda f: (*BAD, *GOOD).index(f.verdict.outcome)):
         steps = ", ".join(step.op for step in failure.graph.steps)
         console.rule(f"{failure.verdict.outcome} ({failure.count}x)")
         console.print(f"{failure.verdict.mark}\n{failure.verdict.detail}\nsteps: {steps}\n{failure.path}", markup=False)

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch.fx import Node
 
+from ..aliases import first_tensor
 from ..program import Program
 from .effects import Concat, Constants, Contract, Mixing, Movement, Pad, PerChannel, Pointwise
 from .groups import as_rows
@@ -63,8 +64,14 @@ def find_constants(
     found: dict[Node, Constants | None] = {}
     for node, flow in nodes.items():
         result = _constants_of(program, flow, supports.get(node), found)
-        found[node] = result if result is not None and bool(result.known.any()) else None
+        found[node] = _as_stored(node, result) if result is not None and bool(result.known.any()) else None
     return found
+
+
+def _as_stored(node: Node, constants: Constants) -> Constants:
+    """Values in the dtype that the tensor has: an operator that converts passes its operand's on."""
+    value = first_tensor(node.meta.get("val"))
+    return constants if value is None else Constants(constants.known, constants.value.to(value.dtype))
 
 
 def _constants_of(
