@@ -212,10 +212,18 @@ class _Finder:
             found.append(self._space(names, held))
         return found
 
+    def _all_see(self, layers: list[str], blocks: list[np.ndarray]) -> bool:
+        """Whether whoever reads any of the blocks reads all of them, so that they may stand in any order."""
+        classes = np.concatenate(blocks)
+        counts = [int(np.isin(classes, part.classes).sum()) for layer in layers for part in self.reads[layer]]
+        return all(count in (0, len(classes)) for count in counts)
+
     def _space(self, layers: list[str], held: list[list[np.ndarray]]) -> SpaceView:
         chain_of, number = np.full(self.total, -1), np.full(self.total, -1)
         chains = []
         for k, blocks in enumerate(held):
+            if self._all_see(layers, blocks):
+                blocks = _widest_outside(blocks)
             classes = np.concatenate(blocks)
             chain_of[classes], number[classes] = k, np.arange(len(classes))
             chains.append(Chain(tuple(number[b] for b in blocks), self.pinned[classes]))
@@ -229,6 +237,12 @@ class _Finder:
                 pieces.append(PieceView(int(chain_of[classes[0]]), number[classes], places))
             readers.append(ReaderView(layer, tuple(pieces)))
         return SpaceView(tuple(chains), tuple(readers))
+
+
+def _widest_outside(blocks: list[np.ndarray]) -> list[np.ndarray]:
+    """The two widest blocks at the ends: there a channel can be kept by some readers and not by others."""
+    ranked = sorted(blocks, key=lambda block: -len(block))
+    return [*ranked[:1], *ranked[2:], *ranked[1:2]]
 
 
 def _table(part: _Part) -> tuple[np.ndarray, np.ndarray] | None:

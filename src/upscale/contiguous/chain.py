@@ -27,16 +27,22 @@ _MOST_CLIMBS = 150  # of one search
 
 @dataclass(frozen=True, eq=False)
 class ChainProblem:
-    """``scores``: float64 (readers, channels), 0 where not seen; ``sees``: bool, alike; ``keep``: int64 (readers,)."""
+    """``scores``: float64 (readers, channels), 0 where not seen; ``sees``: bool, alike; ``keep``: int64 (readers,).
+
+    ``elastic``: an interval may be of any size, none included; scores then say what a channel is worth above a price.
+    """
 
     chain: Chain
     scores: np.ndarray
     sees: np.ndarray
     keep: np.ndarray
+    elastic: bool = False
 
     @property
     def bound(self) -> float:
         """What the readers retain if each chooses freely: no arrangement retains more."""
+        if self.elastic:
+            return float(np.maximum(self.scores, 0).sum())
         return sum(float(np.sort(s[v])[len(s[v]) - k :].sum()) for s, v, k in self._rows())
 
     def favourites(self, reader: int) -> np.ndarray:
@@ -52,35 +58,44 @@ class ChainProblem:
 
 @dataclass(frozen=True, eq=False)
 class ChainState:
-    """``order``: the stored channels; ``dead``: for each block those that are not; ``starts``: of every interval."""
+    """``order``: the stored channels; ``dead``: for each block those that are not; ``starts`` and ``sizes``: of every
+    interval."""
 
     order: np.ndarray
     dead: tuple[np.ndarray, ...]
     starts: np.ndarray
+    sizes: np.ndarray
     value: float
 
 
 def settled(problem: ChainProblem, order: np.ndarray, dead: tuple[np.ndarray, ...]) -> ChainState:
     """The state with the best intervals of an order."""
-    starts, value = best_windows(problem, order)
-    return ChainState(order, dead, starts, value)
+    starts, sizes, value = _best_windows(problem, order)
+    return ChainState(order, dead, starts, sizes, value)
 
 
 def valued(problem: ChainProblem, order: np.ndarray, dead: tuple[np.ndarray, ...], starts: np.ndarray) -> ChainState:
     """The state with given intervals."""
-    state = ChainState(order, dead, starts, 0.0)
+    state = ChainState(order, dead, starts, problem.keep, 0.0)
     return replace(state, value=float(problem.scores[:, order][covered(problem, state)].sum()))
 
 
-def best_windows(problem: ChainProblem, order: np.ndarray) -> tuple[np.ndarray, float]:
-    """Where each reader's best interval of the order starts, and what they all retain."""
-    starts, value = np.zeros(len(problem.keep), dtype=np.int64), 0.0
+def _best_windows(problem: ChainProblem, order: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+    """Start and size of each reader's best interval of the order, and what they all retain."""
+    starts, sizes, value = np.zeros(len(problem.keep), dtype=np.int64), problem.keep.copy(), 0.0
     for reader, keep in enumerate(problem.keep.tolist()):
-        seen = order[problem.sees[reader, order]]
-        totals = window_sums(problem.scores[reader, seen], keep)
-        starts[reader] = np.argmax(totals)
-        value += float(totals[starts[reader]])
-    return starts, value
+        sums = np.concatenate([[0.0], np.cumsum(problem.scores[reader, order[problem.sees[reader, order]]])])
+        if problem.elastic:
+            begin = np.minimum.accumulate(sums)
+            stop = int(np.argmax(sums - begin))
+            starts[reader] = np.argmin(sums[: stop + 1])
+            sizes[reader] = stop - starts[reader]
+            value += float(sums[stop] - begin[stop])
+        else:
+            totals = sums[keep:] - sums[: len(sums) - keep]
+            starts[reader] = np.argmax(totals)
+            value += float(totals[starts[reader]])
+    return starts, sizes, value
 
 
 def window_sums(scores: np.ndarray, size: int) -> np.ndarray:
@@ -102,8 +117,8 @@ def search(problem: ChainProblem, start: ChainState, work: int) -> ChainState:
 class _Search:
     def __init__(self, problem: ChainProblem, start: ChainState, work: int) -> None:
         self.problem, self.best = problem, start
-        self.tolerance = _TOLERANCE * max(problem.bound, 1e-300)
         self.bound = problem.bound
+        self.tolerance = _TOLERANCE * max(float(np.abs(problem.scores).sum()), 1e-300)
         self.block_of = np.empty(problem.chain.size, dtype=np.int64)
         for number, block in enumerate(problem.chain.blocks):
             self.block_of[block] = number
@@ -166,12 +181,16 @@ class _Search:
     # -- starts ---------------------------------------------------------------------------------------------------
 
     def _slack(self) -> np.ndarray:
-        return np.array([int(v[self.best.order].sum()) for v in self.problem.sees]) - self.problem.keep
+        return self.problem.sees[:, self.best.order].sum(1) - self.best.sizes
 
     def _try_all(self) -> bool:
         """Every combination of intervals, where they are few: exact for a chain of one block."""
         choices = [range(int(s) + 1) for s in self._slack()]
-        if len(self.problem.chain.blocks) > 1 or np.prod([float(len(c)) for c in choices]) > _MOST_EXACT:
+        if (
+            self.problem.elastic
+            or len(self.problem.chain.blocks) > 1
+            or np.prod([float(len(c)) for c in choices]) > _MOST_EXACT
+        ):
             return False
         begin = self.best
         for starts in product(*choices):
@@ -198,7 +217,7 @@ class _Search:
         """Intervals first, at a share of the way from one end to the other, and the best order for them."""
         slack = self.problem.sees[:, live].sum(1) - self.problem.keep
         starts = np.rint(share * slack).astype(np.int64)
-        return settled(self.problem, *self._reordered(ChainState(live, dead, starts, 0.0)))
+        return settled(self.problem, *self._reordered(ChainState(live, dead, starts, self.problem.keep, 0.0)))
 
     def _burials(self) -> list[tuple[np.ndarray, ...]]:
         """Which channels are not stored: those of the start, half of them, none."""
@@ -223,7 +242,7 @@ class _Search:
     def _kept(self, reader: int) -> np.ndarray:
         seen = self.best.order[self.problem.sees[reader, self.best.order]]
         start = int(self.best.starts[reader])
-        return seen[start : start + int(self.problem.keep[reader])]
+        return seen[start : start + int(self.best.sizes[reader])]
 
     def _principal(self) -> tuple[np.ndarray, np.ndarray]:
         """First principal direction of the scores: a load for every reader and a key for every channel."""
@@ -307,10 +326,11 @@ def covered(problem: ChainProblem, state: ChainState) -> np.ndarray:
     sees = problem.sees[:, state.order]
     rank = np.cumsum(sees, axis=1) - 1
     starts = state.starts[:, None]
-    return sees & (rank >= starts) & (rank < starts + problem.keep[:, None])
+    return sees & (rank >= starts) & (rank < starts + state.sizes[:, None])
 
 
 def stacked(chain: Chain, pieces: Sequence[tuple[np.ndarray, np.ndarray]], keep: Sequence[int]) -> ChainProblem:
     """The problem of readers given as (scores, sees) with the numbers of channels that they keep."""
-    scores = np.stack([np.where(sees, scores, 0.0) for scores, sees in pieces])
-    return ChainProblem(chain, scores, np.stack([sees for _, sees in pieces]), np.asarray(keep, dtype=np.int64))
+    seen = np.array([sees for _, sees in pieces], dtype=bool).reshape(-1, chain.size)
+    scores = np.array([scores for scores, _ in pieces], dtype=np.float64).reshape(-1, chain.size)
+    return ChainProblem(chain, np.where(seen, scores, 0.0), seen, np.asarray(keep, dtype=np.int64))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -15,7 +15,7 @@ __all__ = ["agreed", "arrange", "free"]
 
 _WORK = 400_000  # channels times readers times climbs: some seconds at most
 _MOST_ROUNDS = 4  # of sharing out anew and searching again
-_TOLERANCE = 1e-12
+_LEAST_GAIN = 0.01  # of what is left to gain: a round that gains less is the last
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,11 +36,9 @@ def arrange(space: Space) -> Arrangement:
     Exact for one or two readers of one block, and where the combinations of intervals are few. Deterministic.
     """
     first = _agreed_state(space)
-    best = _improved(space, first)
-    if any(len(reader.pieces) > 1 for reader in space.readers):
-        other = _improved(space, _resized(space, first, _free_sizes(space, first)))
-        best = max(best, other, key=lambda state: state.value)  # the first where they are equal
-    return _arrangement(space, best)
+    coupled = any(len(reader.pieces) > 1 for reader in space.readers)
+    found = _improved(space, _elastic(space, first) if coupled else first)
+    return _arrangement(space, max(first, found, key=lambda state: state.value))
 
 
 def agreed(space: Space) -> Arrangement:
@@ -61,6 +59,7 @@ def _improved(space: Space, state: _State) -> _State:
     """Search every chain, share out anew, and so on until nothing is gained."""
     coupled = any(len(reader.pieces) > 1 for reader in space.readers)
     load = sum(chain.size * sum(p.chain == k for r in space.readers for p in r.pieces) for k, chain in _chains(space))
+    bound = float(free(space).sum())
     for _ in range(_MOST_ROUNDS if coupled else 1):
         before = state.value
         chains = tuple(
@@ -70,9 +69,29 @@ def _improved(space: Space, state: _State) -> _State:
         state = _State(state.sizes, chains)
         if coupled:
             state = _resized(space, state, tuple(_shared_out(r, state.chains) for r in space.readers))
-        if state.value <= before * (1 + _TOLERANCE):
+        if state.value - before <= _LEAST_GAIN * (bound - before):
             break
     return state
+
+
+def _elastic(space: Space, state: _State) -> _State:
+    """Orders found with intervals of any size, every reader paying a price for each channel that it keeps: what the
+    least of the channels is worth that it would keep if it chose freely. Its number is kept again afterwards."""
+    sizes = _free_sizes(space, state)
+    load = sum(problem.scores.size for problem in _problems(space, sizes))
+    found = []
+    for number, (problem, chain) in enumerate(zip(_problems(space, sizes), state.chains, strict=True)):
+        prices = np.array([_price(r) for r in space.readers for p in r.pieces if p.chain == number])
+        priced = np.where(problem.sees, problem.scores - prices[:, None], 0.0)
+        elastic = replace(problem, scores=priced, elastic=True)
+        found.append(search(elastic, settled(elastic, chain.order, chain.dead), _WORK * priced.size // max(1, load)))
+    shares = tuple(_shared_out(reader, found) for reader in space.readers)
+    return _resized(space, _State(sizes, tuple(found)), shares)
+
+
+def _price(reader: Reader) -> float:
+    scores = np.concatenate([piece.scores[piece.sees] for piece in reader.pieces])
+    return float(np.sort(scores)[len(scores) - reader.keep])
 
 
 def _chains(space: Space):  # type: ignore[no-untyped-def]
