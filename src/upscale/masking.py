@@ -8,8 +8,7 @@ that all of them can read a contiguous slice of one common order. Nothing is cop
 
 from __future__ import annotations
 
-import numbers
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -19,6 +18,7 @@ from torch.nn.utils import parametrize
 from .channels import Side, channel_count, entries_of, is_layer
 from .errors import InputError, NothingToPruneError, UnsupportedModelError
 from .grouping import tied_groups
+from .mask_arguments import IMAGE_SIZES, as_call, checked_amount, checked_model, guessed_inputs, one_of
 from .observe import Observation, observe
 from .ranking import Group, Heuristic, group_scores, pick, pick_globally, scores_of
 
@@ -32,7 +32,6 @@ __all__ = ["MaskingManager"]
 Method = Literal["unconstrained", "constrained", "contiguous"]
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-_IMAGE_SIZES = (224, 64, 32)
 
 
 class MaskingManager:
@@ -94,9 +93,9 @@ class MaskingManager:
         is_global: bool = False,
         example_inputs: Any = None,
     ) -> None:
-        self._model = _checked_model(model)
-        self._side: Side = _one_of("side", side, ("input", "output"))
-        self._method = _one_of("method", method, get_args(Method))
+        self._model = checked_model(model)
+        self._side: Side = one_of("side", side, ("input", "output"))
+        self._method = one_of("method", method, get_args(Method))
         if method == "contiguous" and side == "output":
             raise InputError(
                 "contiguous masks are a choice of what layers read: use side='input', or method='unconstrained' or "
@@ -147,7 +146,7 @@ class MaskingManager:
         Returns ``self``. Raises ``InputError`` for a bad ``amount`` and ``NothingToPruneError`` where no
         layer can be masked.
         """
-        share = _checked_amount(amount)
+        share = checked_amount(amount)
         if not self._groups:
             raise NothingToPruneError(self._explain_empty())
         if self._scores is None:
@@ -171,12 +170,12 @@ class MaskingManager:
     def _look(self, example_inputs: Any) -> tuple[tuple[tuple[Any, ...], dict[str, Any]] | None, Observation | None]:
         """Run the model once on the given inputs, or on guessed images: (the inputs, what was seen)."""
         if example_inputs is not None:
-            args, kwargs = _as_call(example_inputs)
+            args, kwargs = as_call(example_inputs)
             try:
                 return (args, kwargs), observe(self._model, args, kwargs, self._layers, self._norms)
             except Exception as error:
                 raise InputError(f"the model does not accept the example inputs: {error}") from error
-        for args in _guessed_inputs(self._layers):
+        for args in guessed_inputs(self._layers):
             try:
                 return (args, {}), observe(self._model, args, {}, self._layers, self._norms)
             except Exception:  # a guess that does not fit may fail in any way
@@ -266,7 +265,7 @@ class MaskingManager:
         if self._example is None:
             raise InputError(
                 f"{self._method} masks need the model's graph, and no image of "
-                f"{', '.join(map(str, _IMAGE_SIZES))} pixels could be run through it: give example_inputs="
+                f"{', '.join(map(str, IMAGE_SIZES))} pixels could be run through it: give example_inputs="
             )
         return self._example
 
@@ -318,18 +317,6 @@ class MaskingManager:
         return f"no layer can be masked on the {self._side} side ({reasons or 'no layers share a tensor'})"
 
 
-def _checked_model(model: nn.Module) -> nn.Module:
-    """The module whose layers are masked: wrappers of compilation and data parallelism are looked through."""
-    if not isinstance(model, nn.Module):
-        raise InputError(f"model must be an nn.Module, not {type(model).__name__}")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise UnsupportedModelError("a ScriptModule cannot be masked: give the Python model it was made from")
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        return _checked_model(model.module)
-    original = getattr(model, "_orig_mod", None)  # torch.compile's wrapper
-    return _checked_model(original) if isinstance(original, nn.Module) else model
-
-
 def _find_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Maskable layers by path, each weight once, in order of registration."""
     within_attention = {
@@ -366,43 +353,3 @@ def _refuse_computed(name: str, layer: nn.Module, slots: Iterable[str]) -> None:
             f"torch.nn.utils.prune, weight norm), so zeros written to it would be lost. Make it one "
             f"first, for instance with {advice}."
         )
-
-
-def _one_of(what: str, value: Any, allowed: tuple[str, ...]) -> Any:
-    if value not in allowed:
-        raise InputError(f"{what} must be one of {', '.join(map(repr, allowed))}, not {value!r}")
-    return value
-
-
-def _checked_amount(amount: Any) -> float:
-    if isinstance(amount, bool) or not isinstance(amount, numbers.Real):
-        raise InputError(f"amount must be a number with 0 <= amount < 1, not {amount!r}")
-    share = float(amount)
-    if not 0 <= share < 1:  # NaN fails this too
-        raise InputError(f"amount must be at least 0 and less than 1, not {amount!r}")
-    return share
-
-
-def _as_call(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(example_inputs, Mapping):
-        return (), dict(example_inputs)
-    if isinstance(example_inputs, (tuple, list)):
-        return tuple(example_inputs), {}
-    return (example_inputs,), {}
-
-
-def _guessed_inputs(layers: Mapping[str, nn.Module]) -> Iterable[tuple[Tensor]]:
-    """Images (volumes, sequences, vectors) with as many channels as the first layer reads, two to a batch."""
-    first = next(iter(layers.values()), None)
-    if first is None:
-        return
-    channels = channel_count(first, "input")
-    spatial = len(getattr(first, "kernel_size", ()))
-    weight = next(first.parameters())
-    sizes: Iterable[tuple[int, ...]] = [()] if spatial == 0 else [(size,) * spatial for size in _IMAGE_SIZES]
-    if spatial == 3:
-        sizes = [(8, 64, 64), (16, 112, 112), (32, 32, 32)]
-    generator = torch.Generator().manual_seed(0)
-    for size in sizes:
-        example = torch.randn(2, channels, *size, generator=generator)
-        yield (example.to(weight.device, weight.dtype),)
