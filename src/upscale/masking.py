@@ -53,8 +53,8 @@ class MaskingManager:
         ``"unconstrained"``, ``"constrained"`` or ``"contiguous"`` (see the module's first lines). Contiguous
         masks are for the input side. For the channels that several layers read they choose one order, and for
         each layer an interval of it, that together retain much of the importance: at least as much as
-        constrained masks of the same sizes, and all of what unconstrained ones retain where no more than two
-        layers read them. Of a flattened tensor whole channels are masked, not single pixels.
+        constrained masks of the same sizes, and all that unconstrained ones retain where one or two layers read
+        what one layer writes. Of a flattened tensor whole channels are masked, not single pixels.
     is_global:
         Rank all layers' channels together (each layer's scores divided by their root mean square, so that
         layers of different scale compare) instead of taking the same share of each layer.
@@ -74,12 +74,16 @@ class MaskingManager:
     retained: Retained | None
         After :meth:`mask` with contiguous masks: the sum of the scores that they keep, and that constrained and
         unconstrained masks of the same sizes would keep, for every space and in total. ``print`` shows a table.
+    laid_out: tuple[LaidOut, ...]
+        After :meth:`mask` with contiguous masks: the orders and intervals themselves.
 
     Raises
     ------
     InputError
         for an unknown ``side`` or ``method``, contiguous masks on the output side, or example inputs that the
         model does not accept.
+    CaptureError
+        for constrained or contiguous masks, where ``torch.export`` cannot capture the model.
     UnsupportedModelError
         for a ScriptModule, or where a layer's weight is computed by ``torch.nn.utils.prune`` or a
         parametrisation.

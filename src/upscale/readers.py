@@ -183,9 +183,9 @@ class _Finder:
 
     def _lies_apart(self, part: _Part, blocks: list[np.ndarray]) -> bool:
         """Whether other channels of the tensor stand between those that a reader sees."""
-        held, seen = self.kept.order[part.tensor], part.classes
-        flags = np.array([np.isin(b[0], seen) for b in blocks if np.isin(b[0], held)])
-        return int(np.count_nonzero(np.diff(flags.astype(int), prepend=0) == 1)) > 1
+        firsts = np.array([block[0] for block in blocks])
+        seen = np.isin(firsts[np.isin(firsts, self.kept.order[part.tensor])], part.classes)
+        return int((np.diff(seen.astype(int), prepend=0) == 1).sum()) > 1
 
     # -- spaces -----------------------------------------------------------------------------------------------------
 
@@ -222,7 +222,7 @@ class _Finder:
         chain_of, number = np.full(self.total, -1), np.full(self.total, -1)
         chains = []
         for k, blocks in enumerate(held):
-            if self._all_see(layers, blocks):
+            if len(blocks) > 2 and self._all_see(layers, blocks):
                 blocks = _widest_outside(blocks)
             classes = np.concatenate(blocks)
             chain_of[classes], number[classes] = k, np.arange(len(classes))

@@ -84,15 +84,16 @@ def _best_windows(problem: ChainProblem, order: np.ndarray) -> tuple[np.ndarray,
     """Start and size of each reader's best interval of the order, and what they all retain."""
     starts, sizes, value = np.zeros(len(problem.keep), dtype=np.int64), problem.keep.copy(), 0.0
     for reader, keep in enumerate(problem.keep.tolist()):
-        sums = np.concatenate([[0.0], np.cumsum(problem.scores[reader, order[problem.sees[reader, order]]])])
+        scores = problem.scores[reader, order[problem.sees[reader, order]]]
         if problem.elastic:
-            begin = np.minimum.accumulate(sums)
-            stop = int(np.argmax(sums - begin))
+            sums = np.concatenate([[0.0], np.cumsum(scores)])
+            lowest = np.minimum.accumulate(sums)
+            stop = int(np.argmax(sums - lowest))
             starts[reader] = np.argmin(sums[: stop + 1])
             sizes[reader] = stop - starts[reader]
-            value += float(sums[stop] - begin[stop])
+            value += float(sums[stop] - lowest[stop])
         else:
-            totals = sums[keep:] - sums[: len(sums) - keep]
+            totals = window_sums(scores, keep)
             starts[reader] = np.argmax(totals)
             value += float(totals[starts[reader]])
     return starts, sizes, value
@@ -126,9 +127,7 @@ class _Search:
         self.climbs = min(max(8, work // max(1, readers * channels)), _MOST_CLIMBS)
 
     def run(self) -> None:
-        if self._is_optimal():
-            return
-        if self._try_all():
+        if self._is_optimal() or self._try_all():
             return
         for state in self._beginnings():
             self._consider(state)
@@ -160,6 +159,7 @@ class _Search:
     # -- the best order of given intervals ------------------------------------------------------------------------
 
     def _reordered(self, state: ChainState) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
+        """Order and dead channels, best for the state's intervals: one transportation problem for each block."""
         cover = covered(self.problem, state)
         order, dead = state.order.copy(), []
         for block, gone in enumerate(state.dead):
@@ -194,13 +194,13 @@ class _Search:
             return False
         begin = self.best
         for starts in product(*choices):
-            order, dead = self._reordered(replace(begin, starts=np.array(starts)))
-            state = settled(self.problem, order, dead)
+            state = settled(self.problem, *self._reordered(replace(begin, starts=np.array(starts))))
             if state.value > self.best.value + self.tolerance:
                 self.best = state
         return True
 
     def _beginnings(self) -> Iterator[ChainState]:
+        """Orders by the readers' main disagreement, and orders that serve two readers, or two parties of them."""
         yield self.best
         everything = np.concatenate(self.problem.chain.blocks)
         loads, axis = self._principal()
@@ -255,17 +255,16 @@ class _Search:
         """A key that orders [only one party's][both parties'][only the other's][the rest].
 
         ``choice``: bool (readers,), one party and the other; or two readers, each a party, the others looking on.
+        Within the first and the last two, what all readers together want least stands outside.
         """
-        scores = self.problem.scores
         if choice.dtype == bool:
-            parties = [np.flatnonzero(choice), np.flatnonzero(~choice)]
+            one, other = self._party(np.flatnonzero(choice)), self._party(np.flatnonzero(~choice))
         else:
-            parties = [choice[:1], choice[1:]]
-        wants = [self._party(p) for p in parties]
-        others = scores.sum(0)
-        small = others / (np.abs(others).max() + 1e-300) / 4
-        one, two = wants
-        return np.select([one & ~two, one & two, ~one & two], [small, 1 - 0 * small, 2 - small], 3 - small)
+            one, other = self._party(choice[:1]), self._party(choice[1:])
+        total = self.problem.scores.sum(0)
+        within = total / (np.abs(total).max() + 1e-300) / 4  # less than the steps between the groups
+        groups = [one & ~other, one & other, ~one & other]
+        return np.select(groups, [within, np.ones(len(total)), 2 - within], 3 - within)
 
     def _party(self, readers: np.ndarray) -> np.ndarray:
         """The channels that readers would keep if they had to agree (bool), as many as they keep in the median."""

@@ -39,7 +39,7 @@ class Piece:
 
 @dataclass(frozen=True, eq=False)
 class Reader:
-    """A layer that keeps ``keep`` of the channels that it sees: of each piece one interval."""
+    """A layer that keeps ``keep`` (at least 1) of the channels that it sees: of each piece one interval."""
 
     pieces: tuple[Piece, ...]
     keep: int
