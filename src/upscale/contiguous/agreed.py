@@ -13,7 +13,7 @@ import numpy as np
 
 from .model import Chain, Reader, Space
 
-__all__ = ["Agreed", "agree"]
+__all__ = ["Agreed"]
 
 
 class Agreed:
@@ -59,11 +59,6 @@ class Agreed:
             more = np.clip(extra - before, 0, [len(s) for s in left])
         starts = [f + int(m) for f, m in zip(front, more, strict=True)]
         return starts, [len(s) - int(m) for s, m in zip(left, more, strict=True)]
-
-
-def agree(space: Space) -> Agreed:
-    """The constrained masks of a space's readers."""
-    return Agreed(space)
 
 
 def _laid_out(chain: Chain, total: np.ndarray, gone: np.ndarray) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:

@@ -58,12 +58,12 @@ def free(space: Space) -> np.ndarray:
 def _improved(space: Space, state: _State) -> _State:
     """Search every chain, share out anew, and so on until nothing is gained."""
     coupled = any(len(reader.pieces) > 1 for reader in space.readers)
-    load = sum(chain.size * sum(p.chain == k for r in space.readers for p in r.pieces) for k, chain in _chains(space))
+    load = sum(problem.scores.size for problem in _problems(space, state.sizes))
     bound = float(free(space).sum())
     for _ in range(_MOST_ROUNDS if coupled else 1):
         before = state.value
         chains = tuple(
-            search(problem, chain, _WORK * len(problem.keep) * problem.chain.size // max(1, load))
+            search(problem, chain, _WORK * problem.scores.size // max(1, load))
             for problem, chain in zip(_problems(space, state.sizes), state.chains, strict=True)
         )
         state = _State(state.sizes, chains)
@@ -94,14 +94,10 @@ def _price(reader: Reader) -> float:
     return float(np.sort(scores)[len(scores) - reader.keep])
 
 
-def _chains(space: Space):  # type: ignore[no-untyped-def]
-    return enumerate(space.chains)
-
-
 def _problems(space: Space, sizes: Sequence[Sequence[int]]) -> list[ChainProblem]:
     """For each chain the pieces of it, readers in order."""
     problems = []
-    for number, chain in _chains(space):
+    for number, chain in enumerate(space.chains):
         mine = [
             (piece, size)
             for reader, shares in zip(space.readers, sizes, strict=True)
