@@ -2,14 +2,14 @@
 
 *Unconstrained* masks let every layer choose its own channels. *Constrained* masks make all layers on a shared
 tensor choose the same ones, as classical structured pruning does: no copies afterwards, but less freedom and
-so less accuracy.
+so less accuracy. *Contiguous* masks are between the two: every layer chooses its own channels, but only so
+that all of them can read a contiguous slice of one common order. Nothing is copied either.
 """
 
 from __future__ import annotations
 
-import numbers
-from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +18,20 @@ from torch.nn.utils import parametrize
 from .channels import Side, channel_count, entries_of, is_layer
 from .errors import InputError, NothingToPruneError, UnsupportedModelError
 from .grouping import tied_groups
+from .mask_arguments import IMAGE_SIZES, as_call, checked_amount, checked_model, guessed_inputs, one_of
 from .observe import Observation, observe
 from .ranking import Group, Heuristic, group_scores, pick, pick_globally, scores_of
 
+if TYPE_CHECKING:
+    from .contiguous_masks import LaidOut
+    from .readers import Reading
+    from .retained import Retained
+
 __all__ = ["MaskingManager"]
 
+Method = Literal["unconstrained", "constrained", "contiguous"]
+
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-_IMAGE_SIZES = (224, 64, 32)
 
 
 class MaskingManager:
@@ -43,7 +50,11 @@ class MaskingManager:
         channel is zero where it is read. The last layers, whose result reaches a model output, are left alone
         on this side.
     method:
-        ``"unconstrained"`` or ``"constrained"`` (see the module's first lines).
+        ``"unconstrained"``, ``"constrained"`` or ``"contiguous"`` (see the module's first lines). Contiguous
+        masks are for the input side. For the channels that several layers read they choose one order, and for
+        each layer an interval of it, that together retain much of the importance: at least as much as
+        constrained masks of the same sizes, and all that unconstrained ones retain where one or two layers read
+        what one layer writes. Of a flattened tensor whole channels are masked, not single pixels.
     is_global:
         Rank all layers' channels together (each layer's scores divided by their root mean square, so that
         layers of different scale compare) instead of taking the same share of each layer.
@@ -51,8 +62,8 @@ class MaskingManager:
         What the model is called with: a tensor, a tuple of positional arguments, or a dict of keyword
         arguments. Needed to see which layers read a model input, which write an output and which batch norm
         follows which layer. Without it, images of 224, 64 and 32 pixels are tried; where none fits,
-        unconstrained masks go by the order in which the layers are registered, and constrained masks raise
-        ``InputError``.
+        unconstrained masks go by the order in which the layers are registered, and the other two methods
+        raise ``InputError``.
 
     Attributes
     ----------
@@ -60,11 +71,19 @@ class MaskingManager:
         After :meth:`mask`: for each layer, the indices of its zeroed channels (int64, sorted).
     skipped: dict[str, str]
         The layers that get no mask of their own, and why.
+    retained: Retained | None
+        After :meth:`mask` with contiguous masks: the sum of the scores that they keep, and that constrained and
+        unconstrained masks of the same sizes would keep, for every space and in total. ``print`` shows a table.
+    laid_out: tuple[LaidOut, ...]
+        After :meth:`mask` with contiguous masks: the orders and intervals themselves.
 
     Raises
     ------
     InputError
-        for an unknown ``side`` or ``method``, or example inputs that the model does not accept.
+        for an unknown ``side`` or ``method``, contiguous masks on the output side, or example inputs that the
+        model does not accept.
+    CaptureError
+        for constrained or contiguous masks, where ``torch.export`` cannot capture the model.
     UnsupportedModelError
         for a ScriptModule, or where a layer's weight is computed by ``torch.nn.utils.prune`` or a
         parametrisation.
@@ -74,13 +93,18 @@ class MaskingManager:
         self,
         model: nn.Module,
         side: Side = "input",
-        method: Literal["unconstrained", "constrained"] = "unconstrained",
+        method: Method = "unconstrained",
         is_global: bool = False,
         example_inputs: Any = None,
     ) -> None:
-        self._model = _checked_model(model)
-        self._side: Side = _one_of("side", side, ("input", "output"))
-        self._method = _one_of("method", method, ("unconstrained", "constrained"))
+        self._model = checked_model(model)
+        self._side: Side = one_of("side", side, ("input", "output"))
+        self._method = one_of("method", method, get_args(Method))
+        if method == "contiguous" and side == "output":
+            raise InputError(
+                "contiguous masks are a choice of what layers read: use side='input', or method='unconstrained' or "
+                "'constrained' for side='output'"
+            )
         if not isinstance(is_global, bool):
             raise InputError(f"is_global must be True or False, not {is_global!r}")
         self._is_global = is_global
@@ -88,10 +112,18 @@ class MaskingManager:
         self._norms = {n: m for n, m in self._model.named_modules() if isinstance(m, _BATCH_NORMS) and m.affine}
         self.skipped: dict[str, str] = {}
         self.masked: dict[str, Tensor] = {}
+        self.retained: Retained | None = None
+        self.laid_out: tuple[LaidOut, ...] = ()
+        self._reading: Reading | None = None  # who reads what, for contiguous masks
         self._scores: dict[str, Tensor] | None = None
         self._example, self._seen = self._look(example_inputs)
         self._protected = self._find_protected()
-        self._groups = self._constrained() if self._method == "constrained" else self._unconstrained()
+        methods = {
+            "unconstrained": self._unconstrained,
+            "constrained": self._constrained,
+            "contiguous": self._contiguous,
+        }
+        self._groups = methods[self._method]()
         for name in {name for group in self._groups for name in group.members}:
             _refuse_computed(name, self._layers[name], ("weight", "bias") if self._side == "output" else ("weight",))
 
@@ -118,7 +150,7 @@ class MaskingManager:
         Returns ``self``. Raises ``InputError`` for a bad ``amount`` and ``NothingToPruneError`` where no
         layer can be masked.
         """
-        share = _checked_amount(amount)
+        share = checked_amount(amount)
         if not self._groups:
             raise NothingToPruneError(self._explain_empty())
         if self._scores is None:
@@ -129,6 +161,11 @@ class MaskingManager:
             picked = pick_globally(self._groups, scores, share)
         else:
             picked = [pick([(group, score)], share)[0] for group, score in zip(self._groups, scores, strict=True)]
+        if self._reading is not None:
+            from .contiguous_masks import choose
+
+            chosen = choose(self._reading, scores, [len(channels) for channels in picked])
+            picked, self.retained, self.laid_out = chosen.picked, chosen.retained, chosen.laid_out
         self.masked = self._layer_channels(picked)
         for name, channels in self.masked.items():
             self._zero(name, channels)
@@ -137,12 +174,12 @@ class MaskingManager:
     def _look(self, example_inputs: Any) -> tuple[tuple[tuple[Any, ...], dict[str, Any]] | None, Observation | None]:
         """Run the model once on the given inputs, or on guessed images: (the inputs, what was seen)."""
         if example_inputs is not None:
-            args, kwargs = _as_call(example_inputs)
+            args, kwargs = as_call(example_inputs)
             try:
                 return (args, kwargs), observe(self._model, args, kwargs, self._layers, self._norms)
             except Exception as error:
                 raise InputError(f"the model does not accept the example inputs: {error}") from error
-        for args in _guessed_inputs(self._layers):
+        for args in guessed_inputs(self._layers):
             try:
                 return (args, {}), observe(self._model, args, {}, self._layers, self._norms)
             except Exception:  # a guess that does not fit may fail in any way
@@ -202,15 +239,10 @@ class MaskingManager:
 
     def _constrained(self) -> list[Group]:
         """The groups that the model's graph ties together, but for those with a protected layer in them."""
-        if self._example is None:
-            raise InputError(
-                "constrained masks need the model's graph, and no image of "
-                f"{', '.join(map(str, _IMAGE_SIZES))} pixels could be run through it: give example_inputs="
-            )
         from .segments import segments  # the whole front end, loaded where a graph is needed
 
         groups = []
-        for group in tied_groups(segments(self._model, *self._example), self._side, self._layers):
+        for group in tied_groups(segments(self._model, *self._graph_inputs()), self._side, self._layers):
             guarded = next((name for name in group.members if name in self._protected), None)
             if guarded is None:
                 groups.append(group)
@@ -218,6 +250,28 @@ class MaskingManager:
                 reason = f"on one tensor with {guarded}, which {self._protected[guarded]}"
                 self.skipped.update(dict.fromkeys(group.members, reason))
         return groups
+
+    def _contiguous(self) -> list[Group]:
+        """A group for every layer whose mask is free, as the model's graph shows it."""
+        from .contiguous_masks import groups_of, read_spaces
+
+        args, kwargs = self._graph_inputs()
+        reasons = {name: self._protected.get(name) or self._why_alone(name) for name in self._layers}
+        alone = {name: reason for name, reason in reasons.items() if reason}
+        self._reading = read_spaces(self._model, args, kwargs, self._layers, alone)
+        groups = groups_of(self._reading)
+        found = {name for group in groups for name in group.members}
+        unseen = dict.fromkeys(self._layers, "reads no channels that the graph can follow")
+        self.skipped = {n: r for n, r in {**unseen, **self._reading.skipped}.items() if n not in found}
+        return groups
+
+    def _graph_inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if self._example is None:
+            raise InputError(
+                f"{self._method} masks need the model's graph, and no image of "
+                f"{', '.join(map(str, IMAGE_SIZES))} pixels could be run through it: give example_inputs="
+            )
+        return self._example
 
     def _layer_channels(self, picked: Iterable[list[int]]) -> dict[str, Tensor]:
         """The picked channels of each group, as indices into each layer that has them."""
@@ -267,18 +321,6 @@ class MaskingManager:
         return f"no layer can be masked on the {self._side} side ({reasons or 'no layers share a tensor'})"
 
 
-def _checked_model(model: nn.Module) -> nn.Module:
-    """The module whose layers are masked: wrappers of compilation and data parallelism are looked through."""
-    if not isinstance(model, nn.Module):
-        raise InputError(f"model must be an nn.Module, not {type(model).__name__}")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise UnsupportedModelError("a ScriptModule cannot be masked: give the Python model it was made from")
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        return _checked_model(model.module)
-    original = getattr(model, "_orig_mod", None)  # torch.compile's wrapper
-    return _checked_model(original) if isinstance(original, nn.Module) else model
-
-
 def _find_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Maskable layers by path, each weight once, in order of registration."""
     within_attention = {
@@ -315,43 +357,3 @@ def _refuse_computed(name: str, layer: nn.Module, slots: Iterable[str]) -> None:
             f"torch.nn.utils.prune, weight norm), so zeros written to it would be lost. Make it one "
             f"first, for instance with {advice}."
         )
-
-
-def _one_of(what: str, value: Any, allowed: tuple[str, ...]) -> Any:
-    if value not in allowed:
-        raise InputError(f"{what} must be one of {', '.join(map(repr, allowed))}, not {value!r}")
-    return value
-
-
-def _checked_amount(amount: Any) -> float:
-    if isinstance(amount, bool) or not isinstance(amount, numbers.Real):
-        raise InputError(f"amount must be a number with 0 <= amount < 1, not {amount!r}")
-    share = float(amount)
-    if not 0 <= share < 1:  # NaN fails this too
-        raise InputError(f"amount must be at least 0 and less than 1, not {amount!r}")
-    return share
-
-
-def _as_call(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(example_inputs, Mapping):
-        return (), dict(example_inputs)
-    if isinstance(example_inputs, (tuple, list)):
-        return tuple(example_inputs), {}
-    return (example_inputs,), {}
-
-
-def _guessed_inputs(layers: Mapping[str, nn.Module]) -> Iterable[tuple[Tensor]]:
-    """Images (volumes, sequences, vectors) with as many channels as the first layer reads, two to a batch."""
-    first = next(iter(layers.values()), None)
-    if first is None:
-        return
-    channels = channel_count(first, "input")
-    spatial = len(getattr(first, "kernel_size", ()))
-    weight = next(first.parameters())
-    sizes: Iterable[tuple[int, ...]] = [()] if spatial == 0 else [(size,) * spatial for size in _IMAGE_SIZES]
-    if spatial == 3:
-        sizes = [(8, 64, 64), (16, 112, 112), (32, 32, 32)]
-    generator = torch.Generator().manual_seed(0)
-    for size in sizes:
-        example = torch.randn(2, channels, *size, generator=generator)
-        yield (example.to(weight.device, weight.dtype),)

@@ -53,7 +53,7 @@ def sharing(flow: Flow) -> Sharing:
     ports = tuple(
         port for node, f in flow.nodes.items() if isinstance(f.effect, Contract) for port in _ports(flow, kept, node)
     )
-    return Sharing(ports, joined.roots(), _pinned(flow, kept, total))
+    return Sharing(ports, joined.roots(), pinned_classes(flow, kept, total))
 
 
 def _ports(flow: Flow, kept: Kept, node: Node) -> list[Port]:
@@ -65,11 +65,11 @@ def _ports(flow: Flow, kept: Kept, node: Node) -> list[Port]:
     found = [Port(node, name, "output", kept.order[node])]
     for link in f.links:
         if not link.anchored:
-            found.append(Port(node, name, "input", _classes(flow, kept, link)))
+            found.append(Port(node, name, "input", classes_behind(flow, kept, link)))
     return found
 
 
-def _classes(flow: Flow, kept: Kept, link: Link) -> np.ndarray:
+def classes_behind(flow: Flow, kept: Kept, link: Link) -> np.ndarray:
     """The order class behind each position of a link; -1 where there is none."""
     place = locate(flow, kept.virtual, link, link.positions)
     classes = np.full(len(link.positions), -1)
@@ -81,7 +81,7 @@ def _classes(flow: Flow, kept: Kept, link: Link) -> np.ndarray:
     return classes
 
 
-def _pinned(flow: Flow, kept: Kept, total: int) -> np.ndarray:
+def pinned_classes(flow: Flow, kept: Kept, total: int) -> np.ndarray:
     """Channels read by something that reads all of them: they cannot go, whatever is masked."""
     pinned = np.zeros(total, dtype=bool)
     for node, f in flow.nodes.items():
@@ -94,7 +94,7 @@ def _pinned(flow: Flow, kept: Kept, total: int) -> np.ndarray:
         for operand in (*(n for n, _ in f.whole), *tied):
             channels = flow.nodes[operand].channels
             if channels is not None and node in flow.used:
-                classes = _classes(flow, kept, Link(operand, channels.dim, np.arange(channels.size)))
+                classes = classes_behind(flow, kept, Link(operand, channels.dim, np.arange(channels.size)))
                 pinned[classes[classes >= 0]] = True
     return pinned
 
