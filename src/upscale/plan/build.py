@@ -15,6 +15,7 @@ from .model import MODES, Choice, Contraction, Layout, Mode, Plan, Read
 from .reads import choose_read, price_of, rounded_up, widest_worth
 from .sources import Located, locate
 from .spaces import find_parts, rank_classes
+from .streams import shrinking_sums
 from .worth import Copied, dearer_than_whole
 
 _FILLED = "all groups of a grouped convolution are of one size"
@@ -38,12 +39,13 @@ def make_plan(flow: Flow, mode: Mode = "auto", reorder: bool = True, setting: Se
     if mode != "auto":
         kept = decide_kept(flow, fuse=False, hoist=False, joins_whole=mode == "baseline")
         return _Builder(flow, kept, mode, False, setting).run()
-    kept = decide_kept(flow, fuse=True, hoist=True, round_to=setting.round_to)
+    sums = shrinking_sums(flow, setting)
+    kept = decide_kept(flow, fuse=True, hoist=True, round_to=setting.round_to, shrinking=sums)
     builder = _Builder(flow, kept, mode, reorder, setting)
     plan = builder.run()
     whole = dearer_than_whole(flow, kept, builder.copied, setting)
     if whole:
-        kept = decide_kept(flow, fuse=True, hoist=True, whole=whole, round_to=setting.round_to)
+        kept = decide_kept(flow, fuse=True, hoist=True, whole=whole, round_to=setting.round_to, shrinking=sums)
         plan = _Builder(flow, kept, mode, reorder, setting).run()
     return plan
 

@@ -27,7 +27,8 @@ class Kept:
     order: dict[Node, np.ndarray]
     kept: dict[Node, np.ndarray]
     forced: frozenset[Node]  # all channels, in the original order
-    hoisted: frozenset[Node]  # transits that read a subset of their operand
+    hoisted: frozenset[Node]  # unary transits that read a subset of their operand
+    shrinking: frozenset[Node]  # transits of several operands that may
     ordered: frozenset[Node]  # what is kept stands in the original order
     grouped: dict[Node, np.ndarray]  # grouped convolutions: the inputs they read (bool)
     whole: frozenset[Node]  # layers that read all that is there
@@ -41,22 +42,30 @@ def decide_kept(
     joins_whole: bool = False,
     whole: frozenset[Node] = frozenset(),
     round_to: int = 1,
+    shrinking: frozenset[Node] = frozenset(),
 ) -> Kept:
     """Close liveness under everything that ties tensors together.
 
     ``fuse``: a concatenation with one reader exists on paper only. ``hoist``: a unary chain reads what its readers
     want. ``joins_whole``: a concatenation takes all that its operands hold. ``whole``: layers that read all that is
     there, whatever they need of it. ``round_to``: layers make, and chains read, a multiple of so many channels, if they
-    have as many.
+    have as many. ``shrinking``: elementwise operators that keep their live channels only, whatever their operands hold.
     """
-    return _Decision(flow, fuse, hoist, joins_whole, whole, round_to).run()
+    return _Decision(flow, fuse, hoist, joins_whole, whole, round_to, shrinking).run()
 
 
 class _Decision:
     def __init__(
-        self, flow: Flow, fuse: bool, hoist: bool, joins_whole: bool, whole: frozenset[Node], round_to: int
+        self,
+        flow: Flow,
+        fuse: bool,
+        hoist: bool,
+        joins_whole: bool,
+        whole: frozenset[Node],
+        round_to: int,
+        shrinking: frozenset[Node],
     ) -> None:
-        self.flow = flow
+        self.flow, self.shrinking = flow, shrinking
         self.hoist, self.joins_whole, self.whole, self.round_to = hoist, joins_whole, whole, round_to
         self.virtual = choose_virtual(flow, fuse)
         self.stored = [
@@ -146,7 +155,10 @@ class _Decision:
             return
         for link in links:
             wanted = self.flow.partial.get((node, link.operand), np.ones(len(live), dtype=bool))
-            self._want(link, wanted, tie=True, reader=f)
+            if node in self.shrinking:
+                self._want(link, wanted & live, tie=False, reader=f)
+            else:
+                self._want(link, wanted, tie=True, reader=f)
 
     def _can_hoist(self, f: FlowNode, links: list[Link]) -> bool:
         """A transit reads just what its readers read, where they all read the same: their reads become whole."""
@@ -225,6 +237,7 @@ class _Decision:
             {n: flags[roots[self.base[n] : self.base[n] + count[n]]] for n in self.stored},
             frozenset(self.forced),
             frozenset(self.hoisted),
+            self.shrinking,
             frozenset(self.ordered),
             self.grouped,
             self.whole,
@@ -252,11 +265,11 @@ class _Decision:
             flags |= flags[roots]
             for node in self.stored:
                 f = self.flow.nodes[node]
-                if node in self.hoisted or f.kind in ("concat", "select"):
+                if node in self.hoisted or node in self.shrinking or f.kind in ("concat", "select"):
                     units = np.flatnonzero(flags[self.base[node] : self.base[node] + self._channels(node).unit_count])
                     mine = np.isin(self._channels(node).units, units)
                     for link in f.links:
-                        self._need(link, mine, flags)
+                        self._need(link, mine & self.flow.partial.get((node, link.operand), mine), flags)
                 if f.kind == "fresh" and f.groups > 1 and not f.pinned:
                     self._fill_groups(f, flags)
             if int(flags.sum()) == before:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch.fx import Node
 
-from ..flow import Flow
+from ..flow import Flow, FlowNode, Link
 from .cost import ReadCost, Setting
 from .keep import Kept
 from .model import Order
@@ -175,23 +175,32 @@ def _demands(flow: Flow, kept: Kept, setting: Setting) -> list[Demanded]:
         if node not in flow.used or node in kept.virtual:
             continue
         if f.kind == "fresh" and f.links and not f.pinned:
-            wanted = flow.demands[node].inputs
-        elif node in kept.hoisted:
-            wanted = flow.live[node]
+            wanted, links = flow.demands[node].inputs, f.links[:1]
+        elif node in kept.hoisted or node in kept.shrinking:
+            wanted, links = flow.live[node], f.links
         else:
             continue
-        link = f.links[0]
-        if link.anchored:
-            continue
-        place = locate(flow, kept.virtual, link, link.positions[wanted])
-        sources = [(i, s) for i, s in enumerate(place.tensors) if s in kept.order]
-        for i, source in sources:
-            classes = kept.order[source]
-            mine = np.unique(classes[_units(flow, source)[place.position[place.which == i]]])
-            present = np.unique(classes[kept.kept[source]])
-            if len(mine) < len(present) and np.isin(mine, present).all():
-                cost = setting.reading(source, link.dim, f)
-                found.append(Demanded(mine, present, *_prices(cost, len(mine), len(sources) > 1)))
+        for link in links:
+            if not link.anchored and (node, link.operand) not in flow.replaced:
+                found += _demands_on(flow, kept, setting, f, link, wanted)
+    return found
+
+
+def _demands_on(
+    flow: Flow, kept: Kept, setting: Setting, reader: FlowNode, link: Link, wanted: np.ndarray
+) -> list[Demanded]:
+    """What ``reader`` takes of each tensor behind a link."""
+    found = []
+    part = flow.partial.get((reader.node, link.operand))
+    place = locate(flow, kept.virtual, link, link.positions[wanted if part is None else wanted & part])
+    sources = [(i, s) for i, s in enumerate(place.tensors) if s in kept.order]
+    for i, source in sources:
+        classes = kept.order[source]
+        mine = np.unique(classes[_units(flow, source)[place.position[place.which == i]]])
+        present = np.unique(classes[kept.kept[source]])
+        if len(mine) < len(present) and np.isin(mine, present).all():
+            cost = setting.reading(source, link.dim, reader)
+            found.append(Demanded(mine, present, *_prices(cost, len(mine), len(sources) > 1)))
     return found
 
 
