@@ -293,3 +293,18 @@ def test_batch_norm_without_statistics_takes_no_single_value() -> None:
     assert pruned.report.batches and 1 not in pruned.report.batches
     for batch in (2, 5):
         check_equal(net, pruned, values(batch, 3), batches=())
+
+
+def test_an_index_of_flags_can_be_exported_again() -> None:
+    """How many channels the flags pick is known at capture; the flags stay in the state dict."""
+    flags = torch.tensor([False, True, True])
+    net = Net(lambda m, x: m.last(x[:, m.flags]), {"flags": flags}, last=nn.Conv2d(2, 2, 1))
+    net = randomise(net.double().eval())
+    with torch.no_grad():
+        net.last.weight[:, 1] = 0
+    x = values(2, 3, 4, 4)
+    pruned = upscale.export(net, (x,))
+    check_equal(net, pruned, x)
+    check_equal(net, torch.export.export(pruned, (x,)).module(), x, batches=())
+    assert torch.equal(pruned.state_dict()["flags"], flags)
+    assert pruned.last.in_channels == 1

@@ -1,7 +1,8 @@
 """Calls in other words, with exactly the same result: one spelling for each thing that the flow rules have to know.
 
 ``x @ weight.T + bias`` and ``addmm(bias, x, weight.T)`` are ``linear``; ``x.expand_as(y)`` is ``x.expand(sizes)``, and
-``multiply`` is ``mul``.
+``multiply`` is ``mul``. A tensor of the model that says yes or no to each place of an index becomes the list of places:
+how many there are is then known before the call.
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ def normalise_spelling(imported: Imported) -> None:
         node.target = _SAME.get(node.target, node.target)
         if node.target in _AS_ANOTHER:
             _spell_sizes(imported, node)
+        elif node.target is _aten.index.Tensor:
+            _index_by_places(imported, node)
         elif node.target is _aten.linear.default and (stored := _transposed(node.args[1])) is not None:
             _multiply(imported, node, stored)
         elif node.target in (_aten.matmul.default, _aten.mm.default):
@@ -106,6 +109,25 @@ def _multiply(imported: Imported, node: fx.Node, weight: fx.Node) -> None:
             made = imported.graph.call_function(_aten.add.Tensor, (made, node.args[2]))
             made.meta = dict(node.meta)
     node.replace_all_uses_with(made)
+
+
+def _index_by_places(imported: Imported, node: fx.Node) -> None:
+    indices: list[Any] = list(node.args[1])  # type: ignore[arg-type]
+    for at, index in enumerate(indices):
+        if not isinstance(index, fx.Node) or index.op != "get_attr":
+            continue
+        flags = imported.tensors[str(index.target)]
+        if flags.dtype != torch.bool or flags.dim() != 1:
+            continue
+        name = f"{index.target}_places"
+        places = flags.nonzero().flatten()
+        if name not in imported.tensors:
+            imported.tensors[name], imported.kinds[name] = places, "constant"
+        with imported.graph.inserting_before(node):
+            made = imported.graph.get_attr(name)
+        made.meta = {**index.meta, "val": index.meta["val"].new_empty(len(places), dtype=torch.int64)}
+        indices[at] = made
+    node.args = (node.args[0], indices)
 
 
 def _spell_sizes(imported: Imported, node: fx.Node) -> None:
