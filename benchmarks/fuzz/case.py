@@ -18,6 +18,7 @@ from .build import Reject, make_inputs
 from .extras import ordinary, unguarded
 from .graph import Graph, Zero
 from .source import instance, mask
+from .targets import target_of
 from .verdict import Verdict, mark_of, text_of
 
 from support.oracle import fingerprint, leaves, parameter_count, relative_error  # isort: skip
@@ -109,7 +110,7 @@ class Case:
 
     def _export(self, model: nn.Module, reads: str, **options: Any) -> nn.Module:
         shapes = "spatial" if self.graph.spatial else None
-        options = {"verify": False, "dynamic_shapes": shapes, **options}
+        options = {"verify": False, "dynamic_shapes": shapes, "target": target_of(self.graph.seed), **options}
         return upscale.export(model, tuple(copied(self.example)), reads=reads, **options)  # type: ignore[arg-type]
 
     # -- numbers ------------------------------------------------------------------------------------------------------
@@ -274,7 +275,8 @@ class CapturedCase(Case):
     def _export(self, model: nn.Module, reads: str, **options: Any) -> nn.Module:
         if options:  # asked to verify, after a failure
             return super()._export(model, reads, **options)
-        return finish(compile_program(self.program, reads), "Net", False)  # type: ignore[arg-type]
+        target = target_of(self.graph.seed)
+        return finish(compile_program(self.program, reads, target=target), "Net", False)  # type: ignore[arg-type]
 
 
 def copied(inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -9,6 +9,7 @@ from .catalogue import CATALOGUE
 from .extras import other_sizes
 from .graph import Graph, Input, Zero
 from .source import network
+from .targets import target_text
 from .verdict import Verdict
 
 _HEAD = """
@@ -110,7 +111,9 @@ def standalone(graph: Graph, verdict: Verdict, command: str) -> str:
 def _calls(graph: Graph, verdict: Verdict) -> list[str]:
     """The loop over ways to read: exports, comparisons, and what else the verdict is about."""
     verify = verdict.outcome in ("wrong, verified", "false alarm") or verdict.mark.startswith("verification")
-    options = f"reads=reads, verify={verify}" + (', dynamic_shapes="spatial"' if graph.spatial else "")
+    options = f"reads=reads, target={target_text(graph.seed)}, verify={verify}" + (
+        ', dynamic_shapes="spatial"' if graph.spatial else ""
+    )
     call = f"upscale.export(model, copied(example), {options})"
     lines = [f"for reads in {graph.reads!r}:"]
     if verdict.outcome == "refused":
