@@ -206,6 +206,14 @@ def test_a_wrong_target_is_refused(arguments: dict[str, object]) -> None:
         Target(**arguments)  # type: ignore[arg-type]
 
 
+def test_the_papers_class_takes_a_target_too() -> None:
+    model = masked(width=48)
+    reference = masked(width=48)
+    pruned = upscale.PruningManager(model).compute([image(2)]).prune(target=Target(round_to=16))
+    check_equal(reference, pruned, image(2))
+    assert pruned.two.in_channels == 32 and upscale.export(reference, (image(2),)).two.in_channels == 24
+
+
 def test_something_else_than_a_target_is_refused() -> None:
     with pytest.raises(InputError, match="upscale.Target"):
         upscale.export(masked(), (image(2),), target="cuda")  # type: ignore[arg-type]

@@ -15,9 +15,10 @@ from .errors import InputError
 from .exporting import become, check_finite, check_replaceable, compile_program, finish, take_training_flags
 from .flow import analyse_flow
 from .masks import checked, grown, zeroed_by_name
-from .plan import Mode
+from .plan import Mode, Target
 from .program import Program
 from .raising import raise_program
+from .setting import checked_target
 
 
 class PruningManager:
@@ -75,16 +76,19 @@ class PruningManager:
         self._reorder = bool(reorder_producer and reorder_consumer)
         return self
 
-    def prune(self, baseline: bool = False) -> Any:
+    def prune(self, baseline: bool = False, target: Target | None = None) -> Any:
         """Turn the model into the pruned one, after verification, and return it (the same object).
 
         ``baseline=True`` keeps the original order and reads subsets channel by channel, as the paper's baseline does.
+        ``target``: what the model will run on, where the example does not say it; see :class:`upscale.Target`. Its
+        memory format should be that of the inputs given to :meth:`compute`.
 
         Raises:
             NothingToPruneError, ConstantOutputError, VerificationError: the model is untouched.
         """
         mode: Mode = "baseline" if baseline else "auto"
-        compiled = compile_program(self._computed(), mode, only=self._only, reorder=self._reorder)
+        target = checked_target(target)
+        compiled = compile_program(self._computed(), mode, only=self._only, reorder=self._reorder, target=target)
         pruned = finish(compiled, type(self._model).__name__)
         take_training_flags(self._model, pruned)
         self._captured = self._masked = None
