@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -208,7 +210,7 @@ def test_a_wrong_target_is_refused(arguments: dict[str, object]) -> None:
 
 def test_the_papers_class_takes_a_target_too() -> None:
     model = masked(width=48)
-    reference = masked(width=48)
+    reference = copy.deepcopy(model)
     pruned = upscale.PruningManager(model).compute([image(2)]).prune(target=Target(round_to=16))
     check_equal(reference, pruned, image(2))
     assert pruned.two.in_channels == 32 and upscale.export(reference, (image(2),)).two.in_channels == 24
