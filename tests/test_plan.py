@@ -179,3 +179,31 @@ def test_a_layer_that_hands_on_every_channel_it_keeps_is_read_whole() -> None:
     assert set(pruned.report.reads) == {"whole"}
     assert pruned.get_submodule("0").out_channels == 5
     assert pruned.get_submodule("1").num_features == 5
+
+
+class Joined(nn.Module):
+    """Two producers side by side, read by two layers and by an activation: the concatenation is stored."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 8, 3)
+        self.one, self.two = nn.Conv2d(16, 8, 3), nn.Conv2d(16, 8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.cat([self.a(x), self.b(x)], 1).relu()
+        return self.one(y) + self.two(y) + y.mean((1, 2, 3), keepdim=True)
+
+
+@torch.no_grad()
+def test_an_order_across_the_border_of_two_producers() -> None:
+    """One reader wants the even channels of the first and the odd ones of the second: side by side at the border."""
+    torch.manual_seed(0)
+    model, x = Joined().eval(), torch.rand(2, 3, 10, 10)
+    model.one.weight[:, [*range(1, 8, 2), *range(8, 16, 2)]] = 0
+    model.two.weight[:, [*range(0, 8, 2), *range(8, 16)]] = 0
+    pruned = upscale.export(model, (x,))
+    torch.testing.assert_close(pruned(x), model(x))
+    assert pruned.report.reads["view"] == 2 and "gather" not in pruned.report.reads
+    (order,) = pruned.report.plan.orders
+    assert (order.channels, order.readers, order.cost, order.proven) == (16, 2, 0.0, True)
+    assert "order" in str(pruned.report)
