@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -50,15 +51,18 @@ _HEADER = (
 )
 
 
-def write_markdown(path: Path, rows: Sequence[Row], command: str) -> None:
-    """Write the document of ``rows`` to ``path``."""
+def write_markdown(path: Path, rows: Sequence[Row], command: str, picture: Path | None = None) -> None:
+    """Write the document of ``rows`` to ``path``. ``picture``: of the same rows, shown on top."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(document(rows, command), encoding="utf-8")
+    shown = "" if picture is None else Path(os.path.relpath(picture, path.parent)).as_posix()
+    path.write_text(document(rows, command, shown), encoding="utf-8")
 
 
-def document(rows: Sequence[Row], command: str) -> str:
+def document(rows: Sequence[Row], command: str, picture: str = "") -> str:
     """The whole document; rows of another machine or version get sections of their own."""
     parts = [_INTRODUCTION.format(command=command)]
+    if picture:
+        parts.append(f"![Time of each variant over that of the unpruned model]({picture})\n")
     for place in dict.fromkeys(row.place for row in rows):
         here = [row for row in rows if row.place == place]
         parts.append(_place(place))

@@ -41,8 +41,9 @@ def write_plot(path: Path, rows: Sequence[Row]) -> None:
     for axis in axes[-1]:
         axis.set_xlabel("time / time of the unpruned model")
     handles, labels = _legend(axes.flat)
-    figure.legend(handles, labels, loc="upper center", ncols=len(VARIANTS), frameon=False)
-    figure.tight_layout(rect=(0, 0, 1, 1 - 0.35 / size[1]))
+    lines = 1 if across > 1 else 2
+    figure.legend(handles, labels, loc="upper center", ncols=-(-len(labels) // lines) or 1, frameon=False)
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.3 * lines / size[1]))
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     try:

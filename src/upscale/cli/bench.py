@@ -293,7 +293,7 @@ def _conclude(jobs: Sequence[Job], out: Path, plot: Path | None, markdown: Path 
         write_plot(plot, rows)
         written.append(plot)
     if markdown is not None:
-        write_markdown(markdown, rows, command)
+        write_markdown(markdown, rows, command, plot)
         written.append(markdown)
     console.print(f"written to {', '.join(map(os.fspath, written))}", highlight=False)
     return 1 if failed(rows) else 0
