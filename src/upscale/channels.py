@@ -78,7 +78,7 @@ def per_channel(layer: nn.Module, side: Side, scores: Tensor) -> Tensor:
 
 def norm_per_channel(layer: nn.Module, side: Side, order: int) -> Tensor:
     """L1 or L2 norm of the weight's entries in each channel of ``side``; see :func:`norm_of_rows`."""
-    return norm_of_rows(channel_rows(layer, side), order)
+    return norm_of_rows(channel_rows(layer, side).detach(), order)
 
 
 def norm_of_rows(rows: Tensor, order: int) -> Tensor:
@@ -91,7 +91,7 @@ def norm_of_rows(rows: Tensor, order: int) -> Tensor:
 
 
 def channel_rows(layer: nn.Module, side: Side) -> Tensor:
-    """The weight (detached) as (channels, ...): a row holds the entries of one channel of ``side``.
+    """The weight as (channels, ...): a row holds the entries of one channel of ``side``.
 
     A view, but for the folded side of a grouped convolution.
     """
@@ -99,8 +99,8 @@ def channel_rows(layer: nn.Module, side: Side) -> Tensor:
     weight = layer.weight
     assert isinstance(weight, Tensor)
     if groups == 1:
-        return weight.detach().movedim(dim, 0)
-    blocks = weight.detach().unflatten(0, (groups, -1))  # (groups, rows of a group, columns, window)
+        return weight.movedim(dim, 0)
+    blocks = weight.unflatten(0, (groups, -1))  # (groups, rows of a group, columns, window)
     return blocks.movedim(2, 1).flatten(0, 1)
 
 

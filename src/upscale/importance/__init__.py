@@ -6,9 +6,12 @@ computed from a tensor (channels, ...): ``LAMP().of(rows)``. See docs/importance
 
 from __future__ import annotations
 
+from .activation import ActivationMagnitude
 from .choose import NAMES, Heuristic, channel_scores, find_importance
+from .hrank import HRank
 from .norms import BatchNormScale
 from .subject import ByWeight, Importance, Subject
+from .taylor import Taylor
 from .weights import FPGM, L1, L2, LAMP, Random
 
 __all__ = [
@@ -17,12 +20,15 @@ __all__ = [
     "L2",
     "LAMP",
     "NAMES",
+    "ActivationMagnitude",
     "BatchNormScale",
     "ByWeight",
+    "HRank",
     "Heuristic",
     "Importance",
     "Random",
     "Subject",
+    "Taylor",
     "channel_scores",
     "find_importance",
 ]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..channels import channel_count
 from ..errors import InputError
-from .subject import Importance, Subject
+from .subject import Importance, Subject, listed
 
 __all__ = ["BatchNormScale"]
 
@@ -43,8 +44,8 @@ class BatchNormScale:
             return found
         if self._otherwise is None:
             raise InputError(
-                f"no batch norm scales the channels of {', '.join(without)} on the {subject.side} side: say how "
-                "to score them, for instance with BatchNormScale(otherwise=L2())"
+                f"no batch norm scales the channels of {listed(without)} on the {subject.side} side: say how to score "
+                "them, for instance with BatchNormScale(otherwise=L2())"
             )
         rest = Subject(subject.model, subject.side, without, subject.norms, subject.example)
         return {**found, **self._otherwise.scores(rest)}
@@ -74,5 +75,5 @@ def _of_readers(subject: Subject) -> dict[str, Tensor]:
     for name, reads in norms_read(subject.model, *subject.example).items():
         size = channel_count(subject.layers[name], "input") if name in subject.layers else None
         if all(len(scale) == size and known.all() for scale, known in reads):
-            found[name] = torch.from_numpy(sum(scale for scale, _ in reads))
+            found[name] = torch.from_numpy(np.sum([scale for scale, _ in reads], axis=0))
     return found

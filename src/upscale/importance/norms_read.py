@@ -61,7 +61,7 @@ class _Pass:
         parts = [self._behind(link) for link in links]
         if not parts or len({len(p.scale) for p in parts}) > 1:
             return Scales(np.zeros(0), np.zeros(0, dtype=bool))
-        return Scales(sum(p.scale for p in parts), np.any([p.known for p in parts], axis=0))
+        return Scales(np.sum([p.scale for p in parts], axis=0), np.any([p.known for p in parts], axis=0))
 
     def _behind(self, link: Link) -> Scales:
         """What the operand's channels carry, in the order in which the link pairs them."""

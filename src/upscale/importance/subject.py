@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from ..channels import Side, channel_rows
 
-__all__ = ["ByWeight", "Importance", "Subject"]
+__all__ = ["ByWeight", "Importance", "Subject", "listed"]
+
+_MOST_LISTED = 5
 
 
 @dataclass(frozen=True)
@@ -57,4 +59,11 @@ class ByWeight(ABC):
 
     def scores(self, subject: Subject) -> dict[str, Tensor]:
         """See :meth:`Importance.scores`."""
-        return {name: self.of(channel_rows(layer, subject.side)) for name, layer in subject.layers.items()}
+        return {name: self.of(channel_rows(layer, subject.side).detach()) for name, layer in subject.layers.items()}
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names for a message: the first few, and how many more there are."""
+    everything = list(names)
+    more = len(everything) - _MOST_LISTED
+    return ", ".join(everything[:_MOST_LISTED]) + (f" and {more} more" if more > 0 else "")

@@ -29,7 +29,7 @@ class L1(ByWeight):
 
 
 class L2(ByWeight):
-    """Euclidean norm of a channel's weights: the other norm that Li et al. 2017 (arXiv 1608.08710, section 3.1) try."""
+    """Euclidean norm of a channel's weights, which Li et al. 2017 (arXiv 1608.08710) compare with L1."""
 
     def of(self, rows: Tensor) -> Tensor:
         """``rows``: (channels, ...). Returns (channels,)."""
@@ -39,7 +39,7 @@ class L2(ByWeight):
 class LAMP(ByWeight):
     """Layer-adaptive magnitude: what a channel has of the energy that is left when all smaller ones are gone.
 
-    Lee et al. 2021, "Layer-adaptive Sparsity for the Magnitude-based Pruning", arXiv 2010.07611, equation 4, scores
+    Lee et al. 2021, "Layer-adaptive Sparsity for the Magnitude-based Pruning", arXiv 2010.07611, section 2, scores
     single weights: a weight's square, divided by the sum of the squares of all weights of the layer that are at least
     as large. Here a channel takes the place of a weight, and the sum of its weights' squares that of the square:
     ``s[c] / sum(s[d] for d with s[d] >= s[c])``. Channels of equal size have equal scores, the largest one has 1 (if
@@ -59,7 +59,7 @@ class FPGM(ByWeight):
     """Distance to the geometric median: channels that others can stand in for have low scores.
 
     He et al. 2019, "Filter Pruning via Geometric Median for Deep Neural Networks Acceleration", arXiv 1811.00250,
-    equation 4: the sum of a filter's Euclidean distances to all filters of the layer. A filter is here the slice of
+    section 3: the sum of a filter's Euclidean distances to all filters of the layer. A filter is here the slice of
     the weight that belongs to one channel of the side in question; on the input side of a grouped convolution, the
     slice within the channel's own group, compared with those of all groups.
 
