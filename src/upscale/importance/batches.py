@@ -116,17 +116,21 @@ def _progress(batches: Iterable[Any], title: str) -> Iterator[Callable[[], None]
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    progress = Progress(*columns, console=Console(stderr=True), transient=True)
+    console = Console(stderr=True)
+    progress = Progress(*columns, console=console, transient=True)
     task = progress.add_task(title, total=_length(batches))
     timer = threading.Timer(_PATIENCE, progress.start)
     timer.daemon = True
-    timer.start()
+    if console.is_terminal:  # nothing but escape codes and empty lines would reach a file
+        timer.start()
     try:
         yield lambda: progress.advance(task)
     finally:
         timer.cancel()
-        timer.join()
-        progress.stop()
+        if timer.ident is not None:  # it was started
+            timer.join()
+        if progress.live.is_started:
+            progress.stop()
 
 
 def _length(batches: Iterable[Any]) -> int | None:

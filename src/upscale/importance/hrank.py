@@ -62,9 +62,8 @@ class HRank:
 def ranks_of(maps: Tensor) -> Tensor:
     """The rank of each map of (examples, channels, ...), averaged over slices: (examples, channels), float32."""
     if maps.ndim < 4 or 1 in maps.shape[-2:]:
-        slices = maps.flatten(2) if maps.ndim < 4 else maps.flatten(-2)
-        nonzero = slices.ne(0).any(dim=-1).float()
-        return nonzero if nonzero.ndim == 2 else nonzero.flatten(2).mean(dim=2)
+        slices = maps.reshape(*maps.shape[:2], *maps.shape[2:-2], -1)  # (examples, channels, slices..., entries)
+        return slices.ne(0).any(dim=-1).float().reshape(*maps.shape[:2], -1).mean(dim=2)
     matrices = maps.flatten(0, -3)
     if matrices.dtype in (torch.float16, torch.bfloat16):
         matrices = matrices.float()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..channels import channel_count
 from ..errors import InputError
@@ -54,14 +54,11 @@ class BatchNormScale:
 def _of_writers(subject: Subject) -> dict[str, Tensor]:
     found = {}
     for name in subject.layers:
-        scales = [norm.weight.detach().abs() for norm in subject.norms.get(name, ()) if _scales(norm)]
+        weights = [norm.weight for norm in subject.norms.get(name, ())]
+        scales = [weight.detach().abs() for weight in weights if isinstance(weight, Tensor)]
         if scales:
             found[name] = torch.stack(scales).sum(dim=0)
     return found
-
-
-def _scales(norm: nn.Module) -> bool:
-    return isinstance(norm.weight, Tensor)
 
 
 def _of_readers(subject: Subject) -> dict[str, Tensor]:
@@ -72,8 +69,9 @@ def _of_readers(subject: Subject) -> dict[str, Tensor]:
             "batch-norm scales on the input side need the model's graph: give MaskingManager example_inputs="
         )
     found = {}
-    for name, reads in norms_read(subject.model, *subject.example).items():
-        size = channel_count(subject.layers[name], "input") if name in subject.layers else None
-        if all(len(scale) == size and known.all() for scale, known in reads):
-            found[name] = torch.from_numpy(np.sum([scale for scale, _ in reads], axis=0))
+    read = norms_read(subject.model, *subject.example)
+    for name, layer in subject.layers.items():
+        size, calls = channel_count(layer, "input"), read.get(name, [])
+        if calls and all(len(call.scale) == size and call.known.all() for call in calls):
+            found[name] = torch.from_numpy(np.sum([call.scale for call in calls], axis=0))
     return found

@@ -91,7 +91,9 @@ class Taylor:
             raise NonFiniteError(f"batch {number}: the loss is {loss.item()}")
         if not loss.requires_grad:
             raise InputError(f"batch {number}: the loss does not depend on the model's weights, or was detached")
-        found = torch.autograd.grad(loss.reshape(()), parameters, allow_unused=True)
+        with torch.enable_grad():
+            scalar = loss.reshape(())
+        found = torch.autograd.grad(scalar, parameters, allow_unused=True)
         return {id(p): g for p, g in zip(parameters, found, strict=True) if g is not None}
 
 
