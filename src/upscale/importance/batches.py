@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Mapping, Sized
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -16,10 +15,9 @@ from torch.utils import _pytree as pytree
 from ..errors import InputError, NonFiniteError, UpscaleError
 from ..large import all_finite
 from ..observe import quietly_evaluated
+from .progress import progress_bar
 
 __all__ = ["checked_batches", "feed"]
-
-_PATIENCE = 2.0  # seconds until a progress bar appears
 
 
 def checked_batches(batches: Any) -> Iterable[Any]:
@@ -55,11 +53,15 @@ def feed(
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     cuda = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     count = 0
-    with quietly_evaluated(model), torch.random.fork_rng(devices=cuda), _progress(batches, title) as advance:
+    with (
+        quietly_evaluated(model),
+        torch.random.fork_rng(devices=cuda),
+        progress_bar(title, _length(batches)) as advance,
+    ):
         for batch in batches:
             moved = _on_device(batch, device)
-            _check_values(count, moved)
             args, kwargs = _call_of(model, count, moved)
+            _check_values(count, (args, kwargs))
             with watch or contextlib.nullcontext():
                 output = _called(model, count, args, kwargs)
             if use is not None:
@@ -86,8 +88,8 @@ def _on_device(batch: Any, device: torch.device) -> Any:
     return pytree.tree_map(moved, dict(batch) if isinstance(batch, Mapping) else batch)
 
 
-def _check_values(number: int, batch: Any) -> None:
-    for tensor in (leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)):
+def _check_values(number: int, inputs: Any) -> None:
+    for tensor in (leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)):
         if not tensor.numel():
             raise InputError(f"batch {number} holds an empty tensor, of shape {tuple(tensor.shape)}")
         if tensor.is_floating_point() and not all_finite(tensor):
@@ -107,30 +109,6 @@ def _call_of(model: nn.Module, number: int, batch: Any) -> tuple[tuple[Any, ...]
         needed = sum(p.kind in positional and p.default is p.empty for p in parameters)
         return tuple(batch[: max(1, needed)]), {}
     raise InputError(f"batch {number} must be a tensor, a tuple or a dict, and not empty; it is {type(batch).__name__}")
-
-
-@contextlib.contextmanager
-def _progress(batches: Iterable[Any], title: str) -> Iterator[Callable[[], None]]:
-    """A function to call after each batch; it moves a bar that appears when some time has passed."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    progress = Progress(*columns, console=console, transient=True)
-    task = progress.add_task(title, total=_length(batches))
-    timer = threading.Timer(_PATIENCE, progress.start)
-    timer.daemon = True
-    if console.is_terminal:  # nothing but escape codes and empty lines would reach a file
-        timer.start()
-    try:
-        yield lambda: progress.advance(task)
-    finally:
-        timer.cancel()
-        if timer.ident is not None:  # it was started
-            timer.join()
-        if progress.live.is_started:
-            progress.stop()
 
 
 def _length(batches: Iterable[Any]) -> int | None:

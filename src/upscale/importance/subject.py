@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from ..channels import Side, channel_rows
+from .progress import progress_bar
 
 __all__ = ["ByWeight", "Importance", "Subject", "listed"]
 
@@ -59,7 +60,12 @@ class ByWeight(ABC):
 
     def scores(self, subject: Subject) -> dict[str, Tensor]:
         """See :meth:`Importance.scores`."""
-        return {name: self.of(channel_rows(layer, subject.side).detach()) for name, layer in subject.layers.items()}
+        found = {}
+        with progress_bar("scores of weights", len(subject.layers)) as advance:
+            for name, layer in subject.layers.items():
+                found[name] = self.of(channel_rows(layer, subject.side).detach())
+                advance()
+        return found
 
 
 def listed(names: Iterable[str]) -> str:

@@ -18,6 +18,8 @@ __all__ = ["Watch", "as_maps", "check_reached"]
 
 #: Parts of the names of functions in which a weight makes new channels.
 _CONTRACTIONS = ("conv", "linear", "mm", "mv", "matmul", "einsum")
+#: Those of them whose first argument is what the product is added to.
+_ADDING = frozenset(("addmm", "addmv", "addbmm", "baddbmm"))
 #: Functions that leave a channel what it is: the map that a layer writes is their result, not the layer's own.
 _AFTER = frozenset(
     "batch_norm relu relu6 leaky_relu prelu rrelu elu selu celu gelu silu mish softplus hardtanh hardswish hardsigmoid "
@@ -38,7 +40,7 @@ class Watch(TorchFunctionMode):
     def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module], side: Side, note: Note) -> None:
         super().__init__()
         self._side, self._note = side, note
-        self._parameters = {id(p) for p in model.parameters()}
+        self._constants = {id(t) for t in (*model.parameters(), *model.buffers())}
         self._weights = {id(layer.weight): name for name, layer in layers.items()}
         # Keyed by identity; the tensors are kept, so that no other can take their place meanwhile.
         self._computed: dict[int, tuple[str, Tensor]] = {}
@@ -60,7 +62,8 @@ class Watch(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         layer = next(filter(None, map(self._layer_of, tensors)), None)
-        values = [t for t in tensors if id(t) not in self._parameters and self._layer_of(t) is None]
+        read = tensors[1:] if name.rstrip("_") in _ADDING else tensors
+        values = [t for t in read if id(t) not in self._constants and self._layer_of(t) is None]
         follows = bool(tensors) and id(tensors[0]) in self._written and name.rstrip("_") in _AFTER
         called = layer is not None and bool(values) and any(word in name for word in _CONTRACTIONS)
         if not follows and _in_place(name):
