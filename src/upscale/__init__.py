@@ -1,6 +1,7 @@
 """upscale: a channel-level compiler for PyTorch. Mask channels with anything, export a smaller model that computes
 the same. See :func:`export` and the paper's two classes, :class:`MaskingManager` and :class:`PruningManager`."""
 
+from . import importance, regularize
 from .errors import (
     CaptureError,
     ConstantOutputError,
@@ -14,6 +15,7 @@ from .errors import (
     VerificationError,
 )
 from .exporting import export
+from .importance import ActivationMagnitude, HRank, Taylor
 from .managers import PruningManager
 from .masking import MaskingManager
 from .plan import Target
@@ -23,8 +25,10 @@ from .tuning import tune
 __version__ = "0.1.0"
 
 __all__ = [
+    "ActivationMagnitude",
     "CaptureError",
     "ConstantOutputError",
+    "HRank",
     "InputError",
     "MaskingManager",
     "NonFiniteError",
@@ -32,11 +36,14 @@ __all__ = [
     "PruningManager",
     "RuleError",
     "Target",
+    "Taylor",
     "UnknownChannelError",
     "UnsupportedModelError",
     "UpscaleError",
     "VerificationError",
     "export",
+    "importance",
+    "regularize",
     "rule",
     "tune",
 ]

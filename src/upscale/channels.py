@@ -12,8 +12,10 @@ __all__ = [
     "Side",
     "channel_count",
     "channel_dim",
+    "channel_rows",
     "entries_of",
     "is_layer",
+    "norm_of_rows",
     "norm_per_channel",
     "per_channel",
 ]
@@ -75,18 +77,31 @@ def per_channel(layer: nn.Module, side: Side, scores: Tensor) -> Tensor:
 
 
 def norm_per_channel(layer: nn.Module, side: Side, order: int) -> Tensor:
-    """L1 or L2 norm of the weight's entries in each channel of ``side``, without a tensor of the weight's size.
+    """L1 or L2 norm of the weight's entries in each channel of ``side``; see :func:`norm_of_rows`."""
+    return norm_of_rows(channel_rows(layer, side).detach(), order)
+
+
+def norm_of_rows(rows: Tensor, order: int) -> Tensor:
+    """L1 or L2 norm of each row (channels, ...), without a tensor of the rows' size.
 
     Of half-precision weights in float32: sums of squares need the range.
+    """
+    dtype = torch.float32 if rows.dtype in (torch.float16, torch.bfloat16) else None
+    return torch.linalg.vector_norm(rows, order, dim=list(range(1, rows.ndim)), dtype=dtype)
+
+
+def channel_rows(layer: nn.Module, side: Side) -> Tensor:
+    """The weight as (channels, ...): a row holds the entries of one channel of ``side``.
+
+    A view, but for the folded side of a grouped convolution.
     """
     dim, groups = channel_dim(layer, side)
     weight = layer.weight
     assert isinstance(weight, Tensor)
-    blocks = weight.detach().unflatten(0, (groups, -1))  # (groups, rows of a group, columns, window)
-    channels = (0, 1 + dim)
-    others = [d for d in range(blocks.ndim) if d not in channels]
-    dtype = torch.float32 if weight.dtype in (torch.float16, torch.bfloat16) else None
-    return torch.linalg.vector_norm(blocks, order, dim=others, dtype=dtype).flatten()
+    if groups == 1:
+        return weight.movedim(dim, 0)
+    blocks = weight.unflatten(0, (groups, -1))  # (groups, rows of a group, columns, window)
+    return blocks.movedim(2, 1).flatten(0, 1)
 
 
 def channel_dim(layer: nn.Module, side: Side) -> tuple[int, int]:

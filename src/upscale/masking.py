@@ -1,4 +1,4 @@
-"""Choose channels by magnitude and zero them: the masks that ``upscale.export`` then turns into speed.
+"""Choose channels by importance and zero them: the masks that ``upscale.export`` then turns into speed.
 
 *Unconstrained* masks let every layer choose its own channels. *Constrained* masks make all layers on a shared
 tensor choose the same ones, as classical structured pruning does: no copies afterwards, but less freedom and
@@ -18,9 +18,10 @@ from torch.nn.utils import parametrize
 from .channels import Side, channel_count, entries_of, is_layer
 from .errors import InputError, NothingToPruneError, UnsupportedModelError
 from .grouping import tied_groups
+from .importance import Heuristic, Subject, channel_scores
 from .mask_arguments import IMAGE_SIZES, as_call, checked_amount, checked_model, guessed_inputs, one_of
 from .observe import Observation, observe
-from .ranking import Group, Heuristic, group_scores, pick, pick_globally, scores_of
+from .ranking import Group, group_scores, pick, pick_globally
 
 if TYPE_CHECKING:
     from .contiguous_masks import LaidOut
@@ -130,15 +131,19 @@ class MaskingManager:
     def importance(self, heuristic: Heuristic = "l2") -> MaskingManager:
         """Score every channel; the lowest scores are masked first. Returns ``self``.
 
-        ``heuristic``: ``"l1"`` or ``"l2"``, the norm of the channel's weights; or a function from a layer's
-        weight (detached) to either one score an element, in the weight's shape, which are summed over each
-        channel, or one score a channel of the chosen side. Raises ``InputError`` for anything else, and
-        ``NonFiniteError`` where a weight or a score is NaN or infinite.
+        ``heuristic``: a name (``"l1"``, ``"l2"``, ``"lamp"``, ``"fpgm"``, ``"bn_scale"``, ``"random"``, in any
+        case); an object of :mod:`upscale.importance`, such as ``upscale.HRank(batches)`` for the scores that
+        need data; or a function from a layer's weight (detached) to either one score an element, in the weight's
+        shape, which are summed over each channel, or one score a channel of the chosen side. Raises
+        ``InputError`` for anything else, for data that the model does not accept or that leaves a layer without
+        a score, and for scores of the wrong shape; ``NonFiniteError`` where a weight, the data or a score is NaN
+        or infinite. The model is as it was before, and so are earlier scores where this fails.
         """
-        if not callable(heuristic) and heuristic not in ("l1", "l2"):
-            raise InputError(f"heuristic must be 'l1', 'l2' or a function of a weight, not {heuristic!r}")
         names = sorted({name for group in self._groups for name in group.members})
-        self._scores = {name: scores_of(name, self._layers[name], self._side, heuristic) for name in names}
+        layers = {name: self._layers[name] for name in names}
+        norms = {name: tuple(self._norms[norm] for norm in self._norms_after(name)) for name in names}
+        subject = Subject(self._model, self._side, layers, norms, self._example)
+        self._scores = channel_scores(heuristic, subject)
         return self
 
     def mask(self, amount: float = 0.5) -> MaskingManager:

@@ -1,22 +1,15 @@
-"""Which channels matter least: scores by magnitude, and the choice of the lowest ones."""
+"""Which channels matter least: scores summed over what is masked together, and the choice of the lowest ones."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .channels import Side, channel_count, norm_per_channel, per_channel
-from .errors import InputError, NonFiniteError
-from .large import all_finite
-
-__all__ = ["Group", "Heuristic", "group_scores", "pick", "pick_globally", "scores_of"]
-
-Heuristic = str | Callable[[Tensor], Tensor]
+__all__ = ["Group", "group_scores", "pick", "pick_globally"]
 
 
 @dataclass
@@ -29,35 +22,6 @@ class Group:
 
     members: dict[str, Tensor]
     size: int
-
-
-def scores_of(name: str, layer: nn.Module, side: Side, heuristic: Heuristic) -> Tensor:
-    """One score a channel of ``side``: float64, on the CPU. See :meth:`MaskingManager.importance`."""
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    if not all_finite(weight):
-        raise NonFiniteError(f"{name}.weight holds NaN or infinite values: its channels cannot be ranked")
-    if heuristic in ("l1", "l2"):
-        scores = norm_per_channel(layer, side, 1 if heuristic == "l1" else 2)
-    else:
-        assert callable(heuristic)
-        scores = _called(name, layer, side, heuristic)
-    if not bool(torch.isfinite(scores).all()):
-        raise NonFiniteError(f"{name}: the heuristic gave NaN or infinite scores")
-    return scores.double().cpu()
-
-
-def _called(name: str, layer: nn.Module, side: Side, heuristic: Callable[[Tensor], Any]) -> Tensor:
-    """What a user's heuristic returns, as one score a channel."""
-    weight, channels = layer.weight, channel_count(layer, side)
-    assert isinstance(weight, Tensor)
-    scores = heuristic(weight.detach().clone())
-    if isinstance(scores, Tensor) and scores.shape == weight.shape:
-        return per_channel(layer, side, scores.detach().double())
-    if isinstance(scores, Tensor) and scores.shape == (channels,):
-        return scores.detach()
-    got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-    raise InputError(f"{name}: a heuristic returns a tensor of shape {tuple(weight.shape)} or ({channels},), not {got}")
 
 
 def group_scores(group: Group, scores: Mapping[str, Tensor]) -> Tensor:
