@@ -12,14 +12,15 @@ from ..program import where
 from .cost import Setting, memory_of
 from .keep import Kept, decide_kept
 from .model import MODES, Choice, Contraction, Layout, Mode, Plan, Read
-from .reads import choose_read, price_of, rounded_up, widest_worth
+from .reads import choose_read, price_of, widest_worth
+from .rounding import Rounding, rounded_up
 from .sources import Located, locate
 from .spaces import find_parts, rank_classes
 from .streams import shrinking_sums
 from .worth import Copied, dearer_than_whole
 
 _FILLED = "all groups of a grouped convolution are of one size"
-_ROUND = "the number of channels is to be a multiple"
+_ROUND = "a multiple of channels is kept, less saves no time"
 _WIDE = "reading them with zero weights costs less than picking the others"
 
 
@@ -40,12 +41,13 @@ def make_plan(flow: Flow, mode: Mode = "auto", reorder: bool = True, setting: Se
         kept = decide_kept(flow, fuse=False, hoist=False, joins_whole=mode == "baseline")
         return _Builder(flow, kept, mode, False, setting).run()
     sums = shrinking_sums(flow, setting)
-    kept = decide_kept(flow, fuse=True, hoist=True, round_to=setting.round_to, shrinking=sums)
+    rounding = Rounding(flow, setting)
+    kept = decide_kept(flow, fuse=True, hoist=True, rounding=rounding, shrinking=sums)
     builder = _Builder(flow, kept, mode, reorder, setting)
     plan = builder.run()
     whole = dearer_than_whole(flow, kept, builder.copied, setting)
     if whole:
-        kept = decide_kept(flow, fuse=True, hoist=True, whole=whole, round_to=setting.round_to, shrinking=sums)
+        kept = decide_kept(flow, fuse=True, hoist=True, whole=whole, rounding=rounding, shrinking=sums)
         plan = _Builder(flow, kept, mode, reorder, setting).run()
     return plan
 
@@ -269,7 +271,7 @@ class _Builder:
             columns = None if f.pinned else tuple(wanted.tolist())
             blank = wanted[~demand.inputs[wanted]] if demand.blank is None else np.flatnonzero(demand.blank)
             if len(blank) and not f.pinned:
-                near = len(blank) < self.setting.round_to and len(wanted) % self.setting.round_to == 0
+                near = len(blank) < max(self.setting.round_to, self.setting.rates.vector)
                 reason = _FILLED if effect.groups > 1 else _ROUND if near else _WIDE
                 self.choices.append(Choice(node.name, "input", len(blank), reason, len(blank) * price))
         if spare := int(self.kept.rounded[node][self.flow.nodes[node].channels.units[rows]].sum()):  # type: ignore
@@ -306,7 +308,8 @@ class _Builder:
         cost = self.setting.reading(source, link.dim, self.flow.nodes[node])
         # This operand is read straight: its positions are the layer's columns.
         stored = self.positions[source]
-        return rounded_up(stored, widest_worth(stored, wanted, price, cost), self.setting.round_to)
+        wider = widest_worth(stored, wanted, price, cost)
+        return rounded_up(stored, wider, Rounding(self.flow, self.setting).inputs(node, len(wider), len(stored)))
 
     def _as_stored(self, link: Link, wanted: np.ndarray) -> np.ndarray:
         """A contraction takes its inputs in any order: in that in which they are stored."""

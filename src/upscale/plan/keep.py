@@ -14,6 +14,7 @@ from torch.fx import Node
 from ..flow import Flow, FlowNode, Link
 from ..flow.effects import Contract, Mixing, reads_values
 from ..flow.groups import grouped_inputs, grouped_rows
+from .rounding import Rounding
 from .sources import choose_virtual, locate
 from .union import DisjointSets
 
@@ -41,17 +42,17 @@ def decide_kept(
     hoist: bool,
     joins_whole: bool = False,
     whole: frozenset[Node] = frozenset(),
-    round_to: int = 1,
+    rounding: Rounding | None = None,
     shrinking: frozenset[Node] = frozenset(),
 ) -> Kept:
     """Close liveness under everything that ties tensors together.
 
     ``fuse``: a concatenation with one reader exists on paper only. ``hoist``: a unary chain reads what its readers
     want. ``joins_whole``: a concatenation takes all that its operands hold. ``whole``: layers that read all that is
-    there, whatever they need of it. ``round_to``: layers make, and chains read, a multiple of so many channels, if they
-    have as many. ``shrinking``: elementwise operators that keep their live channels only, whatever their operands hold.
+    there, whatever they need of it. ``rounding``: how many channels layers make, and chains read, who need fewer.
+    ``shrinking``: elementwise operators that keep their live channels only, whatever their operands hold.
     """
-    return _Decision(flow, fuse, hoist, joins_whole, whole, round_to, shrinking).run()
+    return _Decision(flow, fuse, hoist, joins_whole, whole, rounding, shrinking).run()
 
 
 class _Decision:
@@ -62,11 +63,11 @@ class _Decision:
         hoist: bool,
         joins_whole: bool,
         whole: frozenset[Node],
-        round_to: int,
+        rounding: Rounding | None,
         shrinking: frozenset[Node],
     ) -> None:
         self.flow, self.shrinking = flow, shrinking
-        self.hoist, self.joins_whole, self.whole, self.round_to = hoist, joins_whole, whole, round_to
+        self.hoist, self.joins_whole, self.whole, self.rounding = hoist, joins_whole, whole, rounding
         self.virtual = choose_virtual(flow, fuse)
         self.stored = [
             n for n, f in flow.nodes.items() if f.channels is not None and n in flow.used and n not in self.virtual
@@ -247,11 +248,13 @@ class _Decision:
     def _round_up(self, flags: np.ndarray) -> bool:
         """Keep the first channels that could go, where a layer or a hoisted chain has an odd number left."""
         changed = False
-        for node in self.stored if self.round_to > 1 else ():
+        for node in self.stored if self.rounding is not None else ():
             f = self.flow.nodes[node]
             if node in self.hoisted or (f.kind == "fresh" and f.groups == 1):
+                assert self.rounding is not None
                 mine = flags[self.base[node] : self.base[node] + self._channels(node).unit_count]
-                spare = np.flatnonzero(~mine)[: -int(mine.sum()) % self.round_to]
+                needed = int(mine.sum())
+                spare = np.flatnonzero(~mine)[: self.rounding.outputs(node, needed, len(mine)) - needed]
                 mine[spare] = True
                 changed |= bool(len(spare))
         return changed

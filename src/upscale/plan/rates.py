@@ -12,7 +12,7 @@ class Rates:
     ``multiply``: a multiply-add of a convolution or matrix product. ``load``: a byte of weight. ``copy``: a byte copied
     in stretches, read and written. ``pick``: a byte gathered where channels are neighbours in memory. ``call``: an
     operator's call. ``piece``: one more tensor in a concatenation. ``stretch``: one more stretch of memory in a copy.
-    ``strides``: whether some readers take a slice as it is.
+    ``strides``: whether some readers take a slice as it is. ``vector``: channels that a kernel works on at a time.
     """
 
     multiply: float = 0.015
@@ -23,6 +23,7 @@ class Rates:
     piece: float = 1000.0
     stretch: float = 1.4
     strides: bool = True
+    vector: int = 16
 
 
 # One thread of an x86 server with AVX-512, torch 2.13 (`upscale.tune` measures them). The GPU's are data sheet values

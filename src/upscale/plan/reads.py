@@ -88,23 +88,6 @@ def widest_worth(stored: np.ndarray, wanted: np.ndarray, extra: float, cost: Rea
     return slices[best] if is_worth(picked, prices[best]) else wanted
 
 
-def rounded_up(stored: np.ndarray, wanted: np.ndarray, multiple: int) -> np.ndarray:
-    """``wanted`` and as many neighbours in ``stored`` as make their number a multiple, in the order of ``stored``.
-
-    What stands behind the last comes first, then what stands before the first, then what lies between.
-    """
-    chosen = np.isin(stored, wanted)
-    missing = min(-len(wanted) % multiple, int((~chosen).sum()))
-    places = np.flatnonzero(chosen)
-    if not missing or not len(places):
-        return wanted
-    spare = np.flatnonzero(~chosen)
-    first, last = places[0], places[-1]
-    rank = np.where(spare > last, spare - last, np.where(spare < first, len(stored) + first - spare, 3 * len(stored)))
-    chosen[spare[np.argsort(rank, kind="stable")[:missing]]] = True
-    return stored[chosen]
-
-
 def _cut(sources: Sequence[str], which: np.ndarray, indices: np.ndarray, fill: np.ndarray) -> tuple[Piece, ...]:
     """Maximal runs of neighbouring channels of one source."""
     if not len(which):
