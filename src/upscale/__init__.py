@@ -15,7 +15,9 @@ from .errors import (
 )
 from .exporting import export
 from .managers import PruningManager
+from .mask_objects import load_masks, save_masks
 from .masking import MaskingManager
+from .one_call import mask, prune
 from .plan import Target
 from .rules import rule
 from .tuning import tune
@@ -37,6 +39,10 @@ __all__ = [
     "UpscaleError",
     "VerificationError",
     "export",
+    "load_masks",
+    "mask",
+    "prune",
     "rule",
+    "save_masks",
     "tune",
 ]
