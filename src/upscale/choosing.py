@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from .amounts import Request, comparable, shares
+from .amounts import Budget, Request, comparable, shares
 from .ranking import Group, removal_order
 from .zeroing import Zeros
 
@@ -64,7 +64,7 @@ class Chooser:
         return self.arranged(scores, shares(self.groups, ranked, parts, self.is_global))
 
     def _within_budget(self, scores: Sequence[Tensor], part: float, taken: Picked) -> Picked:
-        from .budget import Budget, choose_within
+        from .budget import choose_within  # the whole front end, loaded where a graph is needed
 
         budget = self.request.budget
         assert budget is not None and self.costs is not None

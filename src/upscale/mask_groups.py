@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FINDERS", "Grouped", "Search", "find_layers"]
 
-Call = Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]  # the example call, or an error where there is none
+Example = Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]  # the example call, or an error where there is none
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +59,7 @@ class Grouped:
     reading: Reading | None = None
 
 
-def _unconstrained(search: Search, _: Call) -> Grouped:
+def _unconstrained(search: Search, _: Example) -> Grouped:
     """Every layer on its own, but layers that share a batch norm together: it has one weight for all."""
     groups, skipped = [], {}
     for cluster in _clusters(search):
@@ -87,12 +87,12 @@ def _clusters(search: Search) -> list[list[str]]:
     return clusters
 
 
-def _constrained(search: Search, call: Call) -> Grouped:
+def _constrained(search: Search, example: Example) -> Grouped:
     """The groups that the model's graph ties together, but for those with a protected layer in them."""
     from .segments import segments  # the whole front end, loaded where a graph is needed
 
     groups, skipped = [], {}
-    for group in tied_groups(segments(search.model, *call()), search.side, search.layers):
+    for group in tied_groups(segments(search.model, *example()), search.side, search.layers):
         guarded = next((name for name in group.members if name in search.protected), None)
         if guarded is None:
             groups.append(group)
@@ -102,19 +102,19 @@ def _constrained(search: Search, call: Call) -> Grouped:
     return Grouped(groups, skipped)
 
 
-def _contiguous(search: Search, call: Call) -> Grouped:
+def _contiguous(search: Search, example: Example) -> Grouped:
     """A group for every layer whose mask is free, as the model's graph shows it."""
     from .contiguous_masks import groups_of, read_spaces
 
     alone = {name: reason for name in search.layers if (reason := search.reason(name))}
-    reading = read_spaces(search.model, *call(), search.layers, alone)
+    reading = read_spaces(search.model, *example(), search.layers, alone)
     groups = groups_of(reading)
     found = {name for group in groups for name in group.members}
     unseen = dict.fromkeys(search.layers, "reads no channels that the graph can follow")
     return Grouped(groups, {n: r for n, r in {**unseen, **reading.skipped}.items() if n not in found}, reading)
 
 
-FINDERS: dict[str, Callable[[Search, Call], Grouped]] = {
+FINDERS: dict[str, Callable[[Search, Example], Grouped]] = {
     "unconstrained": _unconstrained,
     "constrained": _constrained,
     "contiguous": _contiguous,
