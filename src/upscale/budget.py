@@ -100,8 +100,7 @@ class Costs:
 
     def _time(self, compiled: Compiled) -> float:
         pruned = finish(compiled, type(self._model).__name__, check=False)
-        before, after = timed(self._model, pruned, self._args, self._kwargs)
-        return _share(after, before)
+        return timed(self._model, pruned, self._args, self._kwargs)
 
 
 def _share(after: float, before: float) -> float:
@@ -119,12 +118,15 @@ def count_flops(program: Program) -> int:
     return int(counter.get_total_flops())
 
 
-def timed(model: nn.Module, pruned: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[float, float]:
-    """Median milliseconds of a call of each, interleaved, with the threads that torch has now."""
+def timed(model: nn.Module, pruned: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
+    """Time of a call of ``pruned`` as a share of one of ``model``, with the threads that torch has now.
+
+    The median over pairs of calls made one after the other: a busy machine slows both.
+    """
     with quietly_evaluated(model), quietly_evaluated(pruned):
         calls = {"before": lambda *a: model(*a, **kwargs), "after": lambda *a: pruned(*a, **kwargs)}
         found = measure.timings(calls, args, runs=_ROUNDS, threads=None, seconds=_SECONDS)
-    return statistics.median(found["before"]), statistics.median(found["after"])
+    return statistics.median(after / before for before, after in zip(found["before"], found["after"], strict=True))
 
 
 def choose_within(

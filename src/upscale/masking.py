@@ -308,7 +308,7 @@ class MaskingManager:
     def _graph_inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if self._example is None:
             raise InputError(
-                f"{self._method} masks need the model's graph, and no image of "
+                "a budget, and constrained or contiguous masks, need the model's graph, and no image of "
                 f"{', '.join(map(str, IMAGE_SIZES))} pixels could be run through it: give example_inputs="
             )
         return self._example
