@@ -17,7 +17,9 @@ from .errors import (
 from .exporting import export
 from .importance import ActivationMagnitude, HRank, Taylor
 from .managers import PruningManager
+from .mask_objects import load_masks, save_masks
 from .masking import MaskingManager
+from .one_call import mask, prune
 from .plan import Target
 from .rules import rule
 from .tuning import tune
@@ -43,7 +45,11 @@ __all__ = [
     "VerificationError",
     "export",
     "importance",
+    "load_masks",
+    "mask",
+    "prune",
     "regularize",
     "rule",
+    "save_masks",
     "tune",
 ]

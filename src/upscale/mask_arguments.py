@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from .channels import channel_count
 from .errors import InputError, UnsupportedModelError
 
-__all__ = ["IMAGE_SIZES", "as_call", "checked_amount", "checked_model", "guessed_inputs", "one_of"]
+__all__ = ["IMAGE_SIZES", "Call", "as_call", "checked_amount", "checked_model", "guessed_inputs", "one_of"]
 
 IMAGE_SIZES = (224, 64, 32)
 
@@ -44,7 +45,17 @@ def checked_amount(amount: Any) -> float:
     return share
 
 
+@dataclass(frozen=True, eq=False)
+class Call:
+    """An example call with positional and keyword arguments both."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
 def as_call(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(example_inputs, Call):
+        return example_inputs.args, example_inputs.kwargs
     if isinstance(example_inputs, Mapping):
         return (), dict(example_inputs)
     if isinstance(example_inputs, (tuple, list)):

@@ -8,24 +8,27 @@ that all of them can read a contiguous slice of one common order. Nothing is cop
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
-from .channels import Side, channel_count, entries_of, is_layer
-from .errors import InputError, NothingToPruneError, UnsupportedModelError
-from .grouping import tied_groups
+from .amounts import HALF, Amount, Ignored, Request, Schedule, checked_request, group_shares, ignored_layers
+from .channels import Side, channel_count
+from .choosing import Chooser, remembered
+from .errors import InputError, NothingToPruneError
 from .importance import Heuristic, Subject, channel_scores
-from .mask_arguments import IMAGE_SIZES, as_call, checked_amount, checked_model, guessed_inputs, one_of
+from .mask_arguments import IMAGE_SIZES, as_call, checked_model, guessed_inputs, one_of
+from .mask_groups import FINDERS, Search, find_layers
+from .mask_objects import Masks
 from .observe import Observation, observe
-from .ranking import Group, group_scores, pick, pick_globally
+from .ranking import group_scores
+from .temporary import fold, held, put_on
+from .zeroing import Zeros, refuse_computed, refuse_regrowth, write, zeros_of
 
 if TYPE_CHECKING:
     from .contiguous_masks import LaidOut
-    from .readers import Reading
     from .retained import Retained
 
 __all__ = ["MaskingManager"]
@@ -65,6 +68,9 @@ class MaskingManager:
         follows which layer. Without it, images of 224, 64 and 32 pixels are tried; where none fits,
         unconstrained masks go by the order in which the layers are registered, and the other two methods
         raise ``InputError``.
+    ignore:
+        Layers to leave alone: names, patterns as in ``fnmatch``, names of modules that layers are in, or modules. On a
+        shared tensor constrained masks leave all its layers alone.
 
     Attributes
     ----------
@@ -97,6 +103,7 @@ class MaskingManager:
         method: Method = "unconstrained",
         is_global: bool = False,
         example_inputs: Any = None,
+        ignore: Ignored = (),
     ) -> None:
         self._model = checked_model(model)
         self._side: Side = one_of("side", side, ("input", "output"))
@@ -109,25 +116,26 @@ class MaskingManager:
         if not isinstance(is_global, bool):
             raise InputError(f"is_global must be True or False, not {is_global!r}")
         self._is_global = is_global
-        self._layers = _find_layers(self._model)
+        self._layers = find_layers(self._model)
         self._norms = {n: m for n, m in self._model.named_modules() if isinstance(m, _BATCH_NORMS) and m.affine}
-        self.skipped: dict[str, str] = {}
         self.masked: dict[str, Tensor] = {}
         self.retained: Retained | None = None
         self.laid_out: tuple[LaidOut, ...] = ()
-        self._reading: Reading | None = None  # who reads what, for contiguous masks
         self._scores: dict[str, Tensor] | None = None
         self._example, self._seen = self._look(example_inputs)
+        self._score_again: Callable[[], object] = self.importance
         self._protected = self._find_protected()
-        methods = {
-            "unconstrained": self._unconstrained,
-            "constrained": self._constrained,
-            "contiguous": self._contiguous,
-        }
-        self._groups = methods[self._method]()
+        self._protected |= dict.fromkeys(ignored_layers(ignore, self._model, self._layers), "is to be left alone")
+        found = FINDERS[self._method](
+            Search(self._model, self._layers, self._side, self._protected, self._seen, self._norms_after),
+            self._graph_inputs,
+        )
+        self._groups, self._reading = found.groups, found.reading
+        self.skipped = found.skipped
         for name in {name for group in self._groups for name in group.members}:
-            _refuse_computed(name, self._layers[name], ("weight", "bias") if self._side == "output" else ("weight",))
+            refuse_computed(name, self._layers[name], ("weight", "bias") if self._side == "output" else ("weight",))
 
+    @remembered
     def importance(self, heuristic: Heuristic = "l2") -> MaskingManager:
         """Score every channel; the lowest scores are masked first. Returns ``self``.
 
@@ -146,35 +154,133 @@ class MaskingManager:
         self._scores = channel_scores(heuristic, subject)
         return self
 
-    def mask(self, amount: float = 0.5) -> MaskingManager:
-        """Zero the lowest ``floor(amount * channels)`` channels of each layer (of all layers, if
-        ``is_global``).
+    def mask(
+        self,
+        amount: Amount = HALF,
+        *,
+        flops: float | None = None,
+        params: float | None = None,
+        latency: float | None = None,
+        ignore: Ignored = (),
+        steps: int = 1,
+        schedule: Schedule = "geometric",
+        permanent: bool = True,
+    ) -> MaskingManager:
+        """Zero the channels with the lowest scores: a share of them, or as many as a budget asks for.
 
-        ``amount``: ``0 <= amount < 1``. No layer ever loses its last channel. Ties go by the order of layers
-        and channels. Scores are those of the last call of :meth:`importance` (L2 where it was not called).
-        Returns ``self``. Raises ``InputError`` for a bad ``amount`` and ``NothingToPruneError`` where no
-        layer can be masked.
+        Scores are those of the last call of :meth:`importance` (L2 where it was not called). Ties go by the order of
+        layers and channels. No layer ever loses its last channel. Returns ``self``.
+
+        Args:
+            amount: ``floor(amount * channels)`` channels of each layer go (of all layers, if ``is_global``);
+                ``0 <= amount < 1``, 0.5 where nothing is said. Or a dict from names to amounts: a key names a layer,
+                all layers in a module, or those that a pattern matches (``"layer4.*"``, as in ``fnmatch``). Later
+                keys win, and a layer that none matches loses nothing.
+            flops, params, latency: what an export with the example inputs is to have left of the original, for
+                instance 0.5. FLOPs are counted as :func:`upscale.measure.flops` does, parameters as the report does,
+                both within 1 % of the budget; latency is measured, within 10 %. Every layer loses the same share, or,
+                if ``is_global``, scores decide.
+            ignore: layers that this call leaves alone; see the class.
+            steps: reach the amount or budget in so many steps, and compute the scores again between them, on the
+                weights masked so far. A channel that is masked stays masked.
+            schedule: ``"geometric"`` (every step keeps the same share of what is there) or ``"linear"``.
+            permanent: True writes the zeros into the weights. False puts masks on them as parametrisations
+                (``torch.nn.utils.parametrize``): zeros then survive training, and :meth:`make_permanent` writes them.
+                Such masks take the place of earlier ones.
+
+        Raises:
+            InputError: a bad argument, a name that matches no layer, or a budget that cannot be met (the message says
+                the nearest that can). NothingToPruneError: no layer can be masked. CaptureError: for budgets, where
+                ``torch.export`` cannot capture the model. The model is unchanged in every case.
         """
-        share = checked_amount(amount)
+        request = checked_request(amount, flops, params, latency, steps, schedule)
+        if steps > 1 and self._reading is not None:
+            raise InputError("contiguous masks are chosen in one step: leave out steps=")
+        ignored = ignored_layers(ignore, self._model, self._layers)
         if not self._groups:
             raise NothingToPruneError(self._explain_empty())
+        asked = 1.0 if request.amount is None else request.amount
+        parts = group_shares(asked, self._groups, self._layers, ignored, self.skipped)
+        if ignored and not any(parts):
+            raise NothingToPruneError("every layer that could be masked is ignored or has an amount of 0")
+        before = self._scores, self.retained, self.laid_out
+        with held(self._model, self._touched() if steps > 1 else []):
+            try:
+                masked = self._layer_channels(self._choose(request, parts))
+            except BaseException:
+                self._scores, self.retained, self.laid_out = before
+                raise
+            self._scores = before[0] or self._scores
+            self._put(masked, permanent)
+        return self
+
+    def _put(self, masked: dict[str, Tensor], permanent: bool) -> None:
+        """Apply masks to the weights, which hold none of :mod:`upscale.temporary` now."""
+        zeros = self._zeros(masked)
+        if permanent:
+            write(zeros)
+        else:
+            put_on(self._model, zeros)
+        self.masked = masked
+
+    def _set(self, chosen: dict[str, Tensor]) -> None:
+        """Masks by hand: for some layers, the channels that are masked from now on."""
+        with held(self._model, []) as lifted:
+            if not lifted:
+                refuse_regrowth(self._layers, self._side, self.masked, chosen)
+            masked = {name: channels for name, channels in {**self.masked, **chosen}.items() if len(channels)}
+            self._put(masked, permanent=not lifted)
+        self.retained, self.laid_out = None, ()
+
+    @property
+    def masks(self) -> Masks:
+        """The masks by layer, to look at, to save and to set by hand: see :class:`upscale.mask_objects.Masks`."""
+        names = [n for n in self._layers if any(n in group.members for group in self._groups)]
+        sizes = {name: channel_count(self._layers[name], self._side) for name in names}
+        return Masks(self._side, sizes, self.masked, self.skipped, self._set)
+
+    def make_permanent(self) -> MaskingManager:
+        """Write the zeros of ``mask(permanent=False)`` into the weights, and take the parametrisations off."""
+        fold(self._model)
+        return self
+
+    def _choose(self, request: Request, parts: list[float]) -> list[list[int]]:
+        """The masked channels of each group; weights hold the zeros of all steps but the last afterwards."""
+        costs = None
+        if request.budget is not None:
+            from .budget import Costs
+
+            costs = Costs(self._model, *self._graph_inputs())
+        chooser = Chooser(request, self._groups, parts, self._is_global, self._arranged, self._picked_zeros, costs)
+        picked: list[list[int]] = [[] for _ in self._groups]
         if self._scores is None:
             self.importance()
-        assert self._scores is not None
-        scores = [group_scores(group, self._scores) for group in self._groups]
-        if self._is_global:
-            picked = pick_globally(self._groups, scores, share)
-        else:
-            picked = [pick([(group, score)], share)[0] for group, score in zip(self._groups, scores, strict=True)]
-        if self._reading is not None:
-            from .contiguous_masks import choose
+        for part in request.parts():
+            if any(picked):
+                write(self._picked_zeros(picked))
+                self._score_again()
+            assert self._scores is not None
+            scores = [group_scores(group, self._scores) for group in self._groups]
+            picked = chooser.pick(scores, part, picked)
+        return picked
 
-            chosen = choose(self._reading, scores, [len(channels) for channels in picked])
-            picked, self.retained, self.laid_out = chosen.picked, chosen.retained, chosen.laid_out
-        self.masked = self._layer_channels(picked)
-        for name, channels in self.masked.items():
-            self._zero(name, channels)
-        return self
+    def _arranged(self, scores: Sequence[Tensor], picked: list[list[int]]) -> list[list[int]]:
+        """The masks themselves, where they are more than the lowest channels."""
+        if self._reading is None:
+            return picked
+        from .contiguous_masks import choose
+
+        chosen = choose(self._reading, scores, [len(channels) for channels in picked])
+        self.retained, self.laid_out = chosen.retained, chosen.laid_out
+        return chosen.picked
+
+    def _picked_zeros(self, picked: Iterable[list[int]]) -> list[Zeros]:
+        return self._zeros(self._layer_channels(picked))
+
+    def _touched(self) -> list[Tensor]:
+        """All parameters that masks may be written to."""
+        every = {name: torch.arange(0) for group in self._groups for name in group.members}
+        return list({id(entry.tensor): entry.tensor for entry in self._zeros(every)}.values())
 
     def _look(self, example_inputs: Any) -> tuple[tuple[tuple[Any, ...], dict[str, Any]] | None, Observation | None]:
         """Run the model once on the given inputs, or on guessed images: (the inputs, what was seen)."""
@@ -204,76 +310,10 @@ class MaskingManager:
             return {names[0]: "taken for the reader of the model input (registered first)"}
         return {names[-1]: "taken for the writer of the model output (registered last)"}
 
-    def _unconstrained(self) -> list[Group]:
-        """Every layer on its own, but layers that share a batch norm together: it has one weight for all."""
-        groups = []
-        for cluster in self._clusters():
-            for name in cluster:
-                reason = self._protected.get(name) or self._why_alone(name)
-                if reason:
-                    self.skipped[name] = reason
-            if not any(name in self.skipped for name in cluster):
-                size = channel_count(self._layers[cluster[0]], self._side)
-                groups.append(Group({name: torch.arange(size) for name in cluster}, size))
-        return groups
-
-    def _clusters(self) -> list[list[str]]:
-        if self._side == "input":
-            return [[name] for name in self._layers]
-        clusters: list[list[str]] = []
-        home: dict[str, list[str]] = {}  # batch norm -> the cluster that it belongs to
-        for name in self._layers:
-            norms = self._norms_after(name)
-            cluster = next((home[norm] for norm in norms if norm in home), None)
-            if cluster is None:
-                cluster = []
-                clusters.append(cluster)
-            cluster.append(name)
-            home.update(dict.fromkeys(norms, cluster))
-        return clusters
-
-    def _why_alone(self, name: str) -> str | None:
-        layer = self._layers[name]
-        if self._side == "input" and getattr(layer, "groups", 1) > 1:
-            return "grouped convolution: its groups could no longer be of one size"
-        if channel_count(layer, self._side) < 2:
-            return "has a single channel"
-        if self._seen is not None and self._seen.executed and name not in self._seen.executed:
-            return "is not used by the forward pass"
-        return None
-
-    def _constrained(self) -> list[Group]:
-        """The groups that the model's graph ties together, but for those with a protected layer in them."""
-        from .segments import segments  # the whole front end, loaded where a graph is needed
-
-        groups = []
-        for group in tied_groups(segments(self._model, *self._graph_inputs()), self._side, self._layers):
-            guarded = next((name for name in group.members if name in self._protected), None)
-            if guarded is None:
-                groups.append(group)
-            else:
-                reason = f"on one tensor with {guarded}, which {self._protected[guarded]}"
-                self.skipped.update(dict.fromkeys(group.members, reason))
-        return groups
-
-    def _contiguous(self) -> list[Group]:
-        """A group for every layer whose mask is free, as the model's graph shows it."""
-        from .contiguous_masks import groups_of, read_spaces
-
-        args, kwargs = self._graph_inputs()
-        reasons = {name: self._protected.get(name) or self._why_alone(name) for name in self._layers}
-        alone = {name: reason for name, reason in reasons.items() if reason}
-        self._reading = read_spaces(self._model, args, kwargs, self._layers, alone)
-        groups = groups_of(self._reading)
-        found = {name for group in groups for name in group.members}
-        unseen = dict.fromkeys(self._layers, "reads no channels that the graph can follow")
-        self.skipped = {n: r for n, r in {**unseen, **self._reading.skipped}.items() if n not in found}
-        return groups
-
     def _graph_inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if self._example is None:
             raise InputError(
-                f"{self._method} masks need the model's graph, and no image of "
+                "a budget, and constrained or contiguous masks, need the model's graph, and no image of "
                 f"{', '.join(map(str, IMAGE_SIZES))} pixels could be run through it: give example_inputs="
             )
         return self._example
@@ -288,22 +328,15 @@ class MaskingManager:
         masked = {name: torch.cat(parts).unique() for name, parts in found.items()}
         return {name: channels for name, channels in masked.items() if len(channels)}
 
-    def _zero(self, name: str, channels: Tensor) -> None:
-        """Write the zeros, on the parameters' own storage."""
-        layer = self._layers[name]
-        weight = layer.weight
-        assert isinstance(weight, Tensor)
-        chosen = torch.zeros(channel_count(layer, self._side), dtype=torch.bool, device=weight.device)
-        chosen[channels.to(weight.device)] = True
-        with torch.no_grad():
-            weight.masked_fill_(entries_of(layer, self._side, chosen), 0)
-            if self._side == "output":
-                rows = [layer.bias]
-                for norm in map(self._norms.__getitem__, self._norms_after(name)):
-                    rows += [norm.weight, norm.bias]
-                for row in rows:
-                    if isinstance(row, Tensor):
-                        row.masked_fill_(chosen.to(row.device), 0)
+    def _zeros(self, masked: Mapping[str, Tensor]) -> list[Zeros]:
+        """What the masks of these layers zero."""
+        return [
+            entry
+            for name, channels in masked.items()
+            for entry in zeros_of(
+                self._layers[name], self._side, channels, [self._norms[norm] for norm in self._norms_after(name)]
+            )
+        ]
 
     def _norms_after(self, name: str) -> list[str]:
         """Batch norms that read the layer's result and nothing else does in between."""
@@ -324,41 +357,3 @@ class MaskingManager:
             return "the model has no convolution, transposed convolution or linear layer to mask"
         reasons = "; ".join(f"{name}: {reason}" for name, reason in self.skipped.items())
         return f"no layer can be masked on the {self._side} side ({reasons or 'no layers share a tensor'})"
-
-
-def _find_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Maskable layers by path, each weight once, in order of registration."""
-    within_attention = {
-        id(child)
-        for module in model.modules()
-        if isinstance(module, nn.MultiheadAttention)
-        for child in module.modules()
-    }
-    layers: dict[str, nn.Module] = {}
-    weights: set[int] = set()
-    for name, module in model.named_modules():
-        if not is_layer(module) or id(module) in within_attention:
-            continue
-        weight = module._parameters.get("weight")  # not module.weight: it may be computed, with side effects
-        if isinstance(weight, nn.UninitializedParameter):
-            raise InputError(f"{name}: a lazy layer has no weight yet; run the model once first")
-        key = id(module if weight is None else weight)
-        if key not in weights:
-            weights.add(key)
-            layers[name] = module
-    return layers
-
-
-def _refuse_computed(name: str, layer: nn.Module, slots: Iterable[str]) -> None:
-    """A weight that is computed anew at every call cannot be zeroed in place."""
-    for slot in slots:
-        if slot in layer._parameters:
-            continue
-        advice = "torch.nn.utils.prune.remove"
-        if parametrize.is_parametrized(layer, slot):
-            advice = "torch.nn.utils.parametrize.remove_parametrizations"
-        raise UnsupportedModelError(
-            f"{name}.{slot} is not a parameter but computed from others (a parametrisation, "
-            f"torch.nn.utils.prune, weight norm), so zeros written to it would be lost. Make it one "
-            f"first, for instance with {advice}."
-        )

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from .errors import InputError
 from .observe import quietly_evaluated
 
-__all__ = ["Copies", "copies", "flops", "kernels", "latency", "parameters", "timings"]
+__all__ = ["Copies", "copies", "flop_counter", "flops", "kernels", "latency", "parameters", "timings"]
 
 _LEAST = 3  # timed rounds, however short the time allowed
 
@@ -51,12 +51,17 @@ def flops(model: nn.Module, args: Any) -> int:
     Counted are convolutions, matrix products (linear layers) and attention; elementwise work, norms and
     pooling are not. ``args``: a tensor or a tuple of positional arguments. Models on any device; parameters
     and buffers stay as they are."""
-    # torch's own table lacks the kernel that attention runs through on the CPU.
-    on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    counter = FlopCounterMode(display=False, custom_mapping={on_cpu: _attention_flops})
+    counter = flop_counter()
     with quietly_evaluated(model), counter:
         model(*_as_args(args))
     return int(counter.get_total_flops())
+
+
+def flop_counter() -> FlopCounterMode:
+    """A context that counts what :func:`flops` counts."""
+    # torch's own table lacks the kernel that attention runs through on the CPU.
+    on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return FlopCounterMode(display=False, custom_mapping={on_cpu: _attention_flops})
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:

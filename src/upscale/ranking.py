@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["Group", "group_scores", "pick", "pick_globally"]
+__all__ = ["Group", "group_scores", "normalised", "pick", "pick_globally", "removal_order"]
 
 
 @dataclass
@@ -33,13 +34,15 @@ def group_scores(group: Group, scores: Mapping[str, Tensor]) -> Tensor:
     return total
 
 
+def normalised(score: Tensor) -> Tensor:
+    """One group's scores divided by their root mean square, so that layers of different scale compare."""
+    scale = score.square().mean().sqrt()
+    return score / scale if scale > 0 else score
+
+
 def pick_globally(groups: list[Group], scores: list[Tensor], share: float) -> list[list[int]]:
-    """Rank the channels of all groups together, each group's scores divided by their root mean square."""
-    normalised = []
-    for score in scores:
-        scale = score.square().mean().sqrt()
-        normalised.append(score / scale if scale > 0 else score)
-    return pick(list(zip(groups, normalised, strict=True)), share)
+    """Rank the channels of all groups together, each group's scores normalised."""
+    return pick(list(zip(groups, map(normalised, scores), strict=True)), share)
 
 
 def pick(ranked: list[tuple[Group, Tensor]], share: float) -> list[list[int]]:
@@ -47,25 +50,30 @@ def pick(ranked: list[tuple[Group, Tensor]], share: float) -> list[list[int]]:
 
     A channel that is the last one of some layer is passed over, and the next one taken instead.
     """
-    owners = [(g, c) for g, (group, _) in enumerate(ranked) for c in range(group.size)]
-    order = torch.sort(torch.cat([score for _, score in ranked]), stable=True).indices.tolist()
-    wanted = math.floor(share * len(owners) + 1e-9)  # 0.29 * 100 is 28.999...
-    left = [{name: _places(index) for name, index in group.members.items()} for group, _ in ranked]
-    remaining = [{name: int((count > 0).sum()) for name, count in counts.items()} for counts in left]
+    wanted = math.floor(share * sum(group.size for group, _ in ranked) + 1e-9)  # 0.29 * 100 is 28.999...
     picked: list[list[int]] = [[] for _ in ranked]
-    taken = 0
+    for g, channel in itertools.islice(removal_order(ranked), wanted):
+        picked[g].append(channel)
+    return picked
+
+
+def removal_order(ranked: Sequence[tuple[Group, Tensor]]) -> Iterator[tuple[int, int]]:
+    """All channels that may go, lowest score first, as (group, channel); the last one of a layer is passed over.
+
+    Every subset of what this yields leaves each layer a channel.
+    """
+    owners = [(g, c) for g, (group, _) in enumerate(ranked) for c in range(group.size)]
+    order = torch.sort(torch.cat([score for _, score in ranked]), stable=True).indices.tolist() if ranked else []
+    left = [{name: _places(index).tolist() for name, index in group.members.items()} for group, _ in ranked]
+    remaining = [{name: sum(n > 0 for n in count) for name, count in counts.items()} for counts in left]
     for position in order:
-        if taken == wanted:
-            break
         g, channel = owners[position]
         touched = [name for name, count in left[g].items() if count[channel] > 0]
         if any(remaining[g][name] <= 1 for name in touched):
             continue
         for name in touched:
             remaining[g][name] -= 1
-        picked[g].append(channel)
-        taken += 1
-    return picked
+        yield g, channel
 
 
 def _places(index: Tensor) -> Tensor:

@@ -271,7 +271,7 @@ class _Builder:
             columns = None if f.pinned else tuple(wanted.tolist())
             blank = wanted[~demand.inputs[wanted]] if demand.blank is None else np.flatnonzero(demand.blank)
             if len(blank) and not f.pinned:
-                near = len(blank) < max(self.setting.round_to, self.setting.rates.vector)
+                near = len(blank) < self.setting.round_to
                 reason = _FILLED if effect.groups > 1 else _ROUND if near else _WIDE
                 self.choices.append(Choice(node.name, "input", len(blank), reason, len(blank) * price))
         if spare := int(self.kept.rounded[node][self.flow.nodes[node].channels.units[rows]].sum()):  # type: ignore
@@ -309,7 +309,7 @@ class _Builder:
         # This operand is read straight: its positions are the layer's columns.
         stored = self.positions[source]
         wider = widest_worth(stored, wanted, price, cost)
-        return rounded_up(stored, wider, Rounding(self.flow, self.setting).inputs(node, len(wider), len(stored)))
+        return rounded_up(stored, wider, Rounding(self.flow, self.setting).inputs(len(wider), len(stored)))
 
     def _as_stored(self, link: Link, wanted: np.ndarray) -> np.ndarray:
         """A contraction takes its inputs in any order: in that in which they are stored."""

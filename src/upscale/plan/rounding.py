@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch.fx import Node
 
-from ..flow import Flow
+from ..flow import Flow, FlowNode
 from ..flow.effects import Contract
 from .cost import Setting
 
@@ -30,34 +30,40 @@ class Rounding:
 
     def outputs(self, node: Node, needed: int, total: int) -> int:
         """Channels that a layer makes, or that a hoisted chain passes on."""
-        return self._count(node, needed, total)
-
-    def inputs(self, node: Node, needed: int, held: int) -> int:
-        """Channels that a layer reads of a tensor that holds so many."""
-        effect = self.flow.nodes[node].effect
-        total = needed if not isinstance(effect, Contract) else len(self.flow.demands[node].inputs)
-        return min(held, self._count(node, needed, total))
-
-    def _count(self, node: Node, needed: int, total: int) -> int:
         multiple = self.setting.round_to
-        lost = total - needed
-        few = 0 < lost * LITTLE <= total
+        few = 0 < (total - needed) * LITTLE <= total
         if multiple == 1 and few and self._takes(node) >= NOTICEABLE:
             multiple = self.setting.rates.vector
         return min(total, -(-needed // multiple) * multiple)
 
+    def inputs(self, needed: int, held: int) -> int:
+        """Channels that a layer reads of a tensor that holds so many."""
+        return min(held, -(-needed // self.setting.round_to) * self.setting.round_to)
+
     def _takes(self, node: Node) -> float:
-        """Nanoseconds of the unpruned layer; of a chain, those of the layer behind it."""
+        """Nanoseconds of the unpruned layer that alone reads what ``node`` makes, through unary operators.
+
+        0 where there is no such layer, or where a chain reads what others read too: several readers have an order to
+        agree on, and more channels would be in the way.
+        """
         f = self.flow.nodes[node]
-        while not isinstance(f.effect, Contract):
-            if f.kind != "transit" or len(node.users) != 1:
-                return 0.0
+        if f.kind == "transit" and not self._owns_operand(f):
+            return 0.0
+        while len(node.users) == 1:
             node = next(iter(node.users))
             f = self.flow.nodes[node]
-        if f.effect.weight_in is None or node not in self.flow.demands:
+            if f.kind != "transit" or len(f.links) != 1:
+                break
+        else:
+            return 0.0
+        if not isinstance(f.effect, Contract) or f.effect.weight_in is None or node not in self.flow.demands:
             return 0.0
         per_column = self.setting.computing(node, f.effect, len(self.flow.live[node]))
         return per_column * len(self.flow.demands[node].inputs) / f.groups
+
+    def _owns_operand(self, f: FlowNode) -> bool:
+        operand = f.links[0].operand
+        return len(operand.users) == 1 and self.flow.nodes[operand].kind in ("fresh", "transit")
 
 
 def rounded_up(stored: np.ndarray, wanted: np.ndarray, count: int) -> np.ndarray:

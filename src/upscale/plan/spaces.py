@@ -177,7 +177,7 @@ def _demands(flow: Flow, kept: Kept, setting: Setting) -> list[Demanded]:
         if f.kind == "fresh" and f.links and not f.pinned:
             wanted, links = flow.demands[node].inputs, f.links[:1]
         elif node in kept.hoisted or node in kept.shrinking:
-            wanted, links = flow.live[node], f.links
+            wanted, links = kept.kept[node][_units(flow, node)], f.links
         else:
             continue
         for link in links:

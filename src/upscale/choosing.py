@@ -1,0 +1,100 @@
+"""Which channels a call of ``mask`` takes: by share or by budget, in one step or several."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from .amounts import Budget, Request, comparable, shares
+from .ranking import Group, removal_order
+from .zeroing import Zeros
+
+if TYPE_CHECKING:
+    from .budget import Costs
+
+__all__ = ["Chooser", "Picked", "remembered"]
+
+Picked = list[list[int]]  # for each group, its masked channels
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+_M = TypeVar("_M")
+
+
+def remembered(method: Callable[Concatenate[_M, _P], _R]) -> Callable[Concatenate[_M, _P], _R]:
+    """Keep the last call of ``method``, so that it can be made again after weights have changed."""
+
+    @functools.wraps(method)
+    def called(self: Any, *args: _P.args, **kwargs: _P.kwargs) -> Any:
+        result = method(self, *args, **kwargs)
+        self._score_again = functools.partial(method, self, *args, **kwargs)
+        return result
+
+    return called
+
+
+@dataclass(frozen=True)
+class Chooser:
+    """The choice, given scores.
+
+    ``parts``: the share that each group loses; in a budget, 0 for a group that is left alone. ``arranged``: from
+    scores and a choice to the masks that keep each group's number (contiguous masks choose others than the lowest).
+    ``zeros``: what a choice zeroes. ``costs``: what it leaves, for budgets.
+    """
+
+    request: Request
+    groups: Sequence[Group]
+    parts: Sequence[float]
+    is_global: bool
+    arranged: Callable[[Sequence[Tensor], Picked], Picked]
+    zeros: Callable[[Iterable[list[int]]], list[Zeros]]
+    costs: Costs | None
+
+    def pick(self, scores: Sequence[Tensor], part: float, taken: Picked) -> Picked:
+        """The channels masked after ``part`` of the way; those ``taken`` by an earlier step are among them."""
+        if self.costs is not None:
+            return self._within_budget(scores, part, taken)
+        ranked = comparable(scores, taken, self.is_global)
+        parts = [1 - self.request.kept(1 - share, part) for share in self.parts]
+        return self.arranged(scores, shares(self.groups, ranked, parts, self.is_global))
+
+    def _within_budget(self, scores: Sequence[Tensor], part: float, taken: Picked) -> Picked:
+        from .budget import choose_within  # the whole front end, loaded where a graph is needed
+
+        budget = self.request.budget
+        assert budget is not None and self.costs is not None
+        order = self._order(scores, taken)
+
+        def picked(chosen: Sequence[tuple[int, int]]) -> Picked:
+            found: Picked = [[] for _ in self.groups]
+            for g, channel in chosen:
+                found[g].append(channel)
+            return self.arranged(scores, found)
+
+        aim = Budget(budget.kind, self.request.kept(budget.left, part))
+        gone = sum(map(len, taken))
+        return picked(
+            choose_within(aim, self.costs, order, gone, lambda chosen: self.zeros(picked(chosen)), must=part == 1)
+        )
+
+    def _order(self, scores: Sequence[Tensor], taken: Picked) -> list[tuple[int, int]]:
+        """All channels that may go: by score, or by their rank's share of the layer, so that layers lose alike."""
+        ranked = comparable(scores, taken, self.is_global)
+        if not self.is_global:
+            ranked = [_quantiles(score, len(gone)) for score, gone in zip(ranked, taken, strict=True)]
+        members = [g for g, share in enumerate(self.parts) if share > 0]
+        order = removal_order([(self.groups[g], ranked[g]) for g in members])
+        return [(members[k], channel) for k, channel in order]
+
+
+def _quantiles(score: Tensor, taken: int) -> Tensor:
+    """The share of a layer that is gone once a channel is; minus infinity for the ``taken`` lowest."""
+    place = torch.empty(len(score), dtype=torch.float64)
+    place[torch.sort(score, stable=True).indices] = torch.arange(1, len(score) + 1, dtype=torch.float64) / len(score)
+    place[place <= (taken + 0.5) / len(score)] = float("-inf")
+    return place

@@ -1,0 +1,109 @@
+"""Masking, and masking with export, in one call that leaves the user's model alone."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from .amounts import HALF, Amount, Ignored, Schedule, ignored_layers
+from .channels import Side
+from .errors import UnsupportedModelError
+from .exporting import export
+from .importance import Heuristic
+from .mask_arguments import Call, checked_model
+from .mask_groups import find_layers
+from .masking import MaskingManager, Method
+from .plan import Mode, Target
+
+__all__ = ["mask", "prune"]
+
+
+def mask(
+    model: nn.Module,
+    args: Any,
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    amount: Amount = HALF,
+    flops: float | None = None,
+    params: float | None = None,
+    latency: float | None = None,
+    importance: Heuristic = "l2",
+    side: Side = "input",
+    method: Method = "unconstrained",
+    is_global: bool = False,
+    ignore: Ignored = (),
+    steps: int = 1,
+    schedule: Schedule = "geometric",
+    permanent: bool = True,
+) -> Any:
+    """A masked copy of ``model``: the same size, with zeros in its weights. ``model`` itself is not touched.
+
+    Args:
+        model: any module that ``copy.deepcopy`` can copy.
+        args, kwargs: an example call: a tensor of shape (batch, ...) or a tuple of positional arguments.
+        amount, flops, params, latency, steps, schedule, permanent: see :meth:`MaskingManager.mask`.
+        importance: see :meth:`MaskingManager.importance`.
+        side, method, is_global, ignore: see :class:`MaskingManager`. A module given to ``ignore`` is one of ``model``.
+
+    Returns:
+        A module of the class of ``model``.
+
+    Raises:
+        UnsupportedModelError: the model cannot be copied. Else what :class:`MaskingManager` and its ``mask`` raise.
+    """
+    original = checked_model(model)
+    names = sorted(ignored_layers(ignore, original, find_layers(original)))
+    copied = _copy(original)
+    example = Call(tuple(args) if isinstance(args, (tuple, list)) else (args,), dict(kwargs or {}))
+    manager = MaskingManager(copied, side, method, is_global, example, names).importance(importance)
+    manager.mask(
+        amount, flops=flops, params=params, latency=latency, steps=steps, schedule=schedule, permanent=permanent
+    )
+    return copied
+
+
+def prune(
+    model: nn.Module,
+    args: Any,
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = None,
+    reads: Mode = "auto",
+    target: Target | None = None,
+    verify: bool = True,
+    verbose: bool = False,
+    **masking: Any,
+) -> torch.fx.GraphModule:
+    """Mask a copy of ``model`` and export it: a smaller model, with a ``report`` of before and after.
+
+    Args:
+        model, args, kwargs: as for :func:`mask`.
+        dynamic_shapes, reads, target, verify: as for :func:`export`. A budget is met for the defaults of ``reads`` and
+            ``target``.
+        verbose: print the report.
+        masking: what :func:`mask` takes, for instance ``flops=0.5`` or ``amount=0.3, method="contiguous"``.
+
+    Raises:
+        What :func:`mask` and :func:`export` raise. ``model`` is untouched in every case.
+    """
+    masked = mask(model, args, kwargs, **masking)
+    example = tuple(args) if isinstance(args, (tuple, list)) else (args,)
+    pruned = export(masked, example, kwargs, dynamic_shapes=dynamic_shapes, reads=reads, target=target, verify=verify)
+    if verbose:
+        print(pruned.report)
+    return pruned
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be copied ({error}). Build a second one and load its weights, or mask the "
+            "model itself: upscale.MaskingManager(model, example_inputs=...).importance().mask(...), then "
+            "upscale.export(model, args)"
+        ) from error
