@@ -62,8 +62,13 @@ class Rounding:
         return per_column * len(self.flow.demands[node].inputs) / f.groups
 
     def _owns_operand(self, f: FlowNode) -> bool:
-        operand = f.links[0].operand
-        return len(operand.users) == 1 and self.flow.nodes[operand].kind in ("fresh", "transit")
+        """Whether a chain begins at a layer whose channels nobody else reads."""
+        while f.kind == "transit" and len(f.links) == 1:
+            operand = f.links[0].operand
+            if len(operand.users) > 1:
+                return False
+            f = self.flow.nodes[operand]
+        return f.kind == "fresh"
 
 
 def rounded_up(stored: np.ndarray, wanted: np.ndarray, count: int) -> np.ndarray:
