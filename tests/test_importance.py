@@ -252,3 +252,17 @@ def test_the_documented_example_runs() -> None:
     exec(compile(code, "docs/importance.md", "exec"), names)
     for name in ("L1", "L2", "LAMP", "FPGM", "BatchNormScale", "Random", "HRank", "Taylor", "ActivationMagnitude"):
         assert f"`{name}" in text
+
+
+@torch.no_grad()
+def test_lamp_ranks_all_layers_together_by_its_own_scale() -> None:
+    """Energies 1 and 9 score 0.1 and 1; equal ones score 0.5 both, however large they are."""
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 1))
+    model[1].weight.copy_(torch.tensor([[1.0, 3.0], [0.0, 0.0]]))
+    model[2].weight.copy_(torch.tensor([[20.0, 20.0], [0.0, 0.0]]))
+    model[3].weight.copy_(torch.tensor([[100.0, 100.0]]))
+    example = torch.rand(2, 3)
+    manager = upscale.MaskingManager(model, is_global=True, example_inputs=example).importance("lamp").mask(0.17)
+    assert {name: channels.tolist() for name, channels in manager.masked.items()} == {"1": [0]}
+    scaled = upscale.MaskingManager(model, is_global=True, example_inputs=example).importance("lamp")
+    assert scaled.mask(0.34).masked.keys() == {"1", "2"}

@@ -205,11 +205,11 @@ def shares(
     return picked
 
 
-def comparable(scores: Sequence[Tensor], taken: Sequence[Sequence[int]], is_global: bool) -> list[Tensor]:
-    """Scores to rank by: normalised where layers are compared, and lowest for channels that are ``taken`` already."""
+def comparable(scores: Sequence[Tensor], taken: Sequence[Sequence[int]], rescaled: bool) -> list[Tensor]:
+    """Scores to rank by: on one scale if ``rescaled``, and lowest for channels that are ``taken`` already."""
     found = []
     for score, channels in zip(scores, taken, strict=True):
-        ranked = normalised(score) if is_global else score.clone()
+        ranked = normalised(score) if rescaled else score.clone()
         ranked[torch.tensor(list(channels), dtype=torch.int64)] = float("-inf")
         found.append(ranked)
     return found

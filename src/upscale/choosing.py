@@ -44,13 +44,15 @@ class Chooser:
 
     ``parts``: the share that each group loses; in a budget, 0 for a group that is left alone. ``arranged``: from
     scores and a choice to the masks that keep each group's number (contiguous masks choose others than the lowest).
-    ``zeros``: what a choice zeroes. ``costs``: what it leaves, for budgets.
+    ``rescaled``: whether scores of different layers are brought to one scale before they are compared. ``zeros``: what
+    a choice zeroes. ``costs``: what it leaves, for budgets.
     """
 
     request: Request
     groups: Sequence[Group]
     parts: Sequence[float]
     is_global: bool
+    rescaled: bool
     arranged: Callable[[Sequence[Tensor], Picked], Picked]
     zeros: Callable[[Iterable[list[int]]], list[Zeros]]
     costs: Costs | None
@@ -59,7 +61,7 @@ class Chooser:
         """The channels masked after ``part`` of the way; those ``taken`` by an earlier step are among them."""
         if self.costs is not None:
             return self._within_budget(scores, part, taken)
-        ranked = comparable(scores, taken, self.is_global)
+        ranked = comparable(scores, taken, self.is_global and self.rescaled)
         parts = [1 - self.request.kept(1 - share, part) for share in self.parts]
         return self.arranged(scores, shares(self.groups, ranked, parts, self.is_global))
 
@@ -84,7 +86,7 @@ class Chooser:
 
     def _order(self, scores: Sequence[Tensor], taken: Picked) -> list[tuple[int, int]]:
         """All channels that may go: by score, or by their rank's share of the layer, so that layers lose alike."""
-        ranked = comparable(scores, taken, self.is_global)
+        ranked = comparable(scores, taken, self.is_global and self.rescaled)
         if not self.is_global:
             ranked = [_quantiles(score, len(gone)) for score, gone in zip(ranked, taken, strict=True)]
         members = [g for g, share in enumerate(self.parts) if share > 0]

@@ -18,7 +18,7 @@ from .amounts import HALF, Amount, Ignored, Request, Schedule, checked_request, 
 from .channels import Side, channel_count
 from .choosing import Chooser, remembered
 from .errors import InputError, NothingToPruneError
-from .importance import Heuristic, Subject, channel_scores
+from .importance import Heuristic, Subject, channel_scores, find_importance
 from .mask_arguments import IMAGE_SIZES, as_call, checked_model, guessed_inputs, one_of
 from .mask_groups import FINDERS, Search, find_layers
 from .mask_objects import Masks
@@ -61,7 +61,8 @@ class MaskingManager:
         what one layer writes. Of a flattened tensor whole channels are masked, not single pixels.
     is_global:
         Rank all layers' channels together (each layer's scores divided by their root mean square, so that
-        layers of different scale compare) instead of taking the same share of each layer.
+        layers of different scale compare, but for LAMP's, which do by themselves) instead of taking the same
+        share of each layer.
     example_inputs:
         What the model is called with: a tensor, a tuple of positional arguments, or a dict of keyword
         arguments. Needed to see which layers read a model input, which write an output and which batch norm
@@ -122,6 +123,7 @@ class MaskingManager:
         self.retained: Retained | None = None
         self.laid_out: tuple[LaidOut, ...] = ()
         self._scores: dict[str, Tensor] | None = None
+        self._rescaled = True
         self._example, self._seen = self._look(example_inputs)
         self._score_again: Callable[[], object] = self.importance
         self._protected = self._find_protected()
@@ -152,6 +154,7 @@ class MaskingManager:
         norms = {name: tuple(self._norms[norm] for norm in self._norms_after(name)) for name in names}
         subject = Subject(self._model, self._side, layers, norms, self._example)
         self._scores = channel_scores(heuristic, subject)
+        self._rescaled = not getattr(find_importance(heuristic), "compares_layers", False)
         return self
 
     def mask(
@@ -251,7 +254,9 @@ class MaskingManager:
             from .budget import Costs
 
             costs = Costs(self._model, *self._graph_inputs())
-        chooser = Chooser(request, self._groups, parts, self._is_global, self._arranged, self._picked_zeros, costs)
+        chooser = Chooser(
+            request, self._groups, parts, self._is_global, self._rescaled, self._arranged, self._picked_zeros, costs
+        )
         picked: list[list[int]] = [[] for _ in self._groups]
         if self._scores is None:
             self.importance()

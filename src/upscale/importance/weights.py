@@ -43,8 +43,11 @@ class LAMP(ByWeight):
     single weights: a weight's square, divided by the sum of the squares of all weights of the layer that are at least
     as large. Here a channel takes the place of a weight, and the sum of its weights' squares that of the square:
     ``s[c] / sum(s[d] for d with s[d] >= s[c])``. Channels of equal size have equal scores, the largest one has 1 (if
-    it is alone), a zero channel has 0. Within a layer the order is that of L2; layers compare differently.
+    it is alone), a zero channel has 0. Within a layer the order is that of L2; layers compare differently, and with
+    ``is_global`` the scores are ranked together as they are.
     """
+
+    compares_layers = True
 
     def of(self, rows: Tensor) -> Tensor:
         """``rows``: (channels, ...). Returns (channels,), float64, in [0, 1]."""
