@@ -308,3 +308,13 @@ def test_an_index_of_flags_can_be_exported_again() -> None:
     check_equal(net, torch.export.export(pruned, (x,)).module(), x, batches=())
     assert torch.equal(pruned.state_dict()["flags"], flags)
     assert pruned.last.in_channels == 1
+
+
+def test_parts_that_lack_the_dimension_they_were_parted_along() -> None:
+    """What a list of them costs to read is asked for the first part."""
+    net = Net(lambda m, x: m.last(m.table(x).unbind(1)[0]), table=nn.Embedding(5, 6), last=nn.Linear(6, 2))
+    net = randomise(net.double().eval())
+    with torch.no_grad():
+        net.last.weight[:, [1, 2]] = 0
+    tokens = torch.randint(0, 5, (3, 4), generator=torch.Generator().manual_seed(0))
+    check_equal(net, upscale.export(net, (tokens,)), tokens)

@@ -58,6 +58,7 @@ def memory_of(node: Node, dim: int, examples: float) -> Memory:
     assert value is not None
     sizes = [float(size_of(s)) for s in value.shape]
     strides = [size_of(s) for s in value.stride()]
+    dim = min(dim, len(sizes) - 1)  # a list of parts: each may have a dimension less than what was parted
     outer = float(np.prod([s for s, step in zip(sizes, strides, strict=True) if step > strides[dim]]))
     rest = float(np.prod([s for d, s in enumerate(sizes) if d != dim])) * examples
     innermost = strides[dim] == 1 and outer > 1 and rest > examples
