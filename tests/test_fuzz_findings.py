@@ -318,3 +318,29 @@ def test_parts_that_lack_the_dimension_they_were_parted_along() -> None:
         net.last.weight[:, [1, 2]] = 0
     tokens = torch.randint(0, 5, (3, 4), generator=torch.Generator().manual_seed(0))
     check_equal(net, upscale.export(net, (tokens,)), tokens)
+
+
+def test_batch_norm_used_again_where_channels_lie_elsewhere() -> None:
+    """The second call sees the layer's channels as mere places: the scale that both share is needed whole."""
+
+    def run(m: Net, x: Tensor) -> Tensor:
+        y = m.wide(F.relu(m.norm(m.first(x)) + m.other(x)))
+        return F.batch_norm(y, m.norm.running_mean, m.norm.running_var, m.norm.weight, m.norm.bias)
+
+    net = Net(
+        run,
+        first=nn.Conv2d(3, 4, 1),
+        norm=nn.BatchNorm2d(4),
+        other=nn.Conv2d(3, 4, 1),
+        wide=nn.Linear(1, 2),
+    )
+    net = randomise(net.double().eval())
+    with torch.no_grad():
+        net.norm.weight[2] = net.norm.bias[2] = 0
+        net.other.weight[:, 1] = 0
+        net.first.weight[:, 1] = 0
+    x = values(2, 3, 4, 1)
+    for reads in ("auto", "gather", "baseline"):
+        pruned = upscale.export(net, (x,), reads=reads)
+        check_equal(net, pruned, x)
+        assert pruned.norm.num_features == 4 and pruned.first.in_channels == 2

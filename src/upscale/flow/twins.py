@@ -38,16 +38,24 @@ def _is_of_the_model(argument: object) -> bool:
 
 
 def settle_twins(flow: dict[Node, FlowNode]) -> None:
-    """Twins of which one cannot follow (grouped, flattened, ordered) keep all their channels, as do all the others."""
+    """Twins of which one cannot follow (grouped, flattened, ordered, no layer here) keep all their channels, as do all
+    the others."""
     groups: dict[str, list[FlowNode]] = {}
     for f in flow.values():
         if f.twins is not None:
             groups.setdefault(f.twins, []).append(f)
     for members in groups.values():
         shapes = {(f.kind, len(f.channels.units)) for f in members if f.channels is not None}
-        if len(shapes) != 1 or not all(_follows(f) for f in members):
+        alone = _callers(members) <= {f.node for f in members}
+        if len(shapes) != 1 or not alone or not all(_follows(f) for f in members):
             for f in members:
                 flow[f.node] = replace(f, twins=None, pinned=True)
+
+
+def _callers(members: Sequence[FlowNode]) -> set[Node]:
+    """All calls that use a tensor of the model that several calls use."""
+    tensors = {n for f in members for n in f.node.all_input_nodes if _is_of_the_model(n)}
+    return {user for n in tensors if len(n.users) > 1 for user in n.users}
 
 
 def _follows(f: FlowNode) -> bool:
