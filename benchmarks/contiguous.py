@@ -25,6 +25,7 @@ from rich.table import Table
 from torch import nn
 
 import upscale
+from upscale.cli.bench import DEFAULT_MODELS
 from upscale.masking import Method
 from upscale.retained import Retained
 
@@ -33,16 +34,7 @@ from .nets import NETS, load, why_missing
 
 from support.vision import build  # isort: skip
 
-RANDOM = (
-    "resnet18",
-    "resnet50",
-    "mobilenet_v2",
-    "efficientnet_v2_s",
-    "densenet121",
-    "googlenet",
-    "regnet_y_400mf",
-    "shufflenet_v2_x1_0",
-)
+RANDOM = DEFAULT_MODELS
 TRAINED = tuple(name for name, net in NETS.items() if net.dataset == "cifar10")
 METHODS: tuple[Method, ...] = ("constrained", "contiguous", "unconstrained")
 AMOUNTS = (0.1, 0.25, 0.5)

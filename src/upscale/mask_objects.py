@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from .errors import InputError
+from .files import replacing
 
 __all__ = ["MaskSet", "Masks", "load_masks", "save_masks"]
 
@@ -149,14 +149,7 @@ def _digest(tensors: Mapping[str, Tensor], side: str) -> str:
 def _replace(path: Path, content: bytes) -> None:
     """Give ``path`` this content in one step: whoever reads it finds the old file or the new one."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
-            try:
-                file.write(content)
-                file.close()
-                os.replace(file.name, path)
-            except BaseException:
-                Path(file.name).unlink(missing_ok=True)
-                raise
+        with replacing(path) as draft:
+            draft.write_bytes(content)
     except OSError as error:
         raise InputError(f"{str(path)!r} cannot be written: {error}") from error

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Group", "group_scores", "normalised", "pick", "pick_globally", "removal_order"]
+__all__ = ["Group", "group_scores", "normalised", "pick", "removal_order"]
 
 
 @dataclass
@@ -38,11 +38,6 @@ def normalised(score: Tensor) -> Tensor:
     """One group's scores divided by their root mean square, so that layers of different scale compare."""
     scale = score.square().mean().sqrt()
     return score / scale if scale > 0 else score
-
-
-def pick_globally(groups: list[Group], scores: list[Tensor], share: float) -> list[list[int]]:
-    """Rank the channels of all groups together, each group's scores normalised."""
-    return pick(list(zip(groups, map(normalised, scores), strict=True)), share)
 
 
 def pick(ranked: list[tuple[Group, Tensor]], share: float) -> list[list[int]]:

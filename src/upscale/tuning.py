@@ -13,9 +13,8 @@ import json
 import os
 import platform
 import statistics
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,8 @@ from torch.utils import _pytree as pytree
 
 from .accept import unwrap
 from .errors import InputError
+from .files import replacing
+from .machine import processor
 from .observe import quietly_evaluated
 from .plan import Rates, Target
 from .setting import checked_target
@@ -218,18 +219,10 @@ def _default_cache() -> Path:
 
 def _key(device: torch.device, dtype: torch.dtype, layers: list[tuple[nn.Module, Tensor, float]]) -> str:
     """All that the rates depend on."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} {_processor()}"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} {processor()}"
     shapes = ",".join(f"{tuple(x.shape)}x{tuple(layer.weight.shape)}" for layer, x, _ in layers)  # type: ignore[arg-type]
     threads = torch.get_num_threads() if device.type == "cpu" else 0
     return f"{_VERSION}; {name}; torch {torch.__version__}; {dtype}; {threads} threads; {shapes}"
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError), open("/proc/cpuinfo") as lines:
-        for line in lines:
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor()
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -253,18 +246,5 @@ def _is_entry(value: Any) -> bool:
 
 
 def _save(path: Path, entries: Mapping[str, Any]) -> None:
-    with contextlib.suppress(OSError), _replacing(path) as file:
+    with contextlib.suppress(OSError), replacing(path) as draft, draft.open("w") as file:
         json.dump(entries, file, indent=1)
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Any]:
-    """A file that takes ``path``'s place when it is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        try:
-            yield file
-        except BaseException:
-            os.unlink(file.name)
-            raise
-    os.replace(file.name, path)

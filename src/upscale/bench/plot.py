@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..files import replacing
 from .rows import VARIANTS, Row, grouped
 
 #: Colours that colour-blind readers tell apart (Okabe and Ito), and marks that differ too.
@@ -44,13 +44,10 @@ def write_plot(path: Path, rows: Sequence[Row]) -> None:
     lines = 1 if across > 1 else 2
     figure.legend(handles, labels, loc="upper center", ncols=-(-len(labels) // lines) or 1, frameon=False)
     figure.tight_layout(rect=(0, 0, 1, 1 - 0.3 * lines / size[1]))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     try:
-        figure.savefig(draft, dpi=130)
-        draft.replace(path)
+        with replacing(path) as draft:
+            figure.savefig(draft, dpi=130, format=path.suffix[1:].lower())
     finally:
-        draft.unlink(missing_ok=True)
         pyplot.close(figure)
 
 

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from ..channels import Side, entries_of, norm_per_channel, per_channel
-from .batches import checked_batches, feed
+from .batches import FromBatches, feed
 from .subject import Subject
 from .watch import Watch, as_maps, check_reached
 
 __all__ = ["ActivationMagnitude"]
 
 
-class ActivationMagnitude:
+class ActivationMagnitude(FromBatches):
     """Norm of a channel's weights, each times the norm of the input channel that it multiplies.
 
     Sun et al. 2024, "A Simple and Effective Pruning Approach for Large Language Models" (Wanda), arXiv 2306.11695,
@@ -29,10 +26,6 @@ class ActivationMagnitude:
     batches:
         What the model is called with; see :func:`upscale.importance.batches.feed`. Labels are ignored.
     """
-
-    def __init__(self, batches: Iterable[Any]) -> None:
-        """Raises ``InputError`` if ``batches`` is no iterable of batches."""
-        self._batches = checked_batches(batches)
 
     def scores(self, subject: Subject) -> dict[str, Tensor]:
         """See :meth:`Importance.scores`."""

@@ -17,7 +17,7 @@ from ..large import all_finite
 from ..observe import quietly_evaluated
 from .progress import progress_bar
 
-__all__ = ["checked_batches", "feed"]
+__all__ = ["FromBatches", "checked_batches", "feed"]
 
 
 def checked_batches(batches: Any) -> Iterable[Any]:
@@ -28,6 +28,14 @@ def checked_batches(batches: Any) -> Iterable[Any]:
             f"{type(batches).__name__}; a single batch goes in a list: [batch]"
         )
     return batches
+
+
+class FromBatches:
+    """A score that needs nothing but data."""
+
+    def __init__(self, batches: Iterable[Any]) -> None:
+        """Raises ``InputError`` if ``batches`` is no iterable of batches."""
+        self._batches = checked_batches(batches)
 
 
 def feed(

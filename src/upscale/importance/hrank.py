@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from .batches import checked_batches, feed
+from .batches import FromBatches, feed
 from .subject import Subject
 from .watch import Watch, as_maps, check_reached
 
@@ -17,7 +14,7 @@ __all__ = ["HRank"]
 _BLOCK = 1 << 22  # entries of the maps that are decomposed at a time
 
 
-class HRank:
+class HRank(FromBatches):
     """Average rank of a channel's feature maps: of low rank, they hold little information.
 
     Lin et al. 2020, "HRank: Filter Pruning using High-Rank Feature Map", arXiv 2002.10179, section 3: the rank
@@ -36,10 +33,6 @@ class HRank:
     batches:
         What the model is called with; see :func:`upscale.importance.batches.feed`. Labels are ignored.
     """
-
-    def __init__(self, batches: Iterable[Any]) -> None:
-        """Raises ``InputError`` if ``batches`` is no iterable of batches."""
-        self._batches = checked_batches(batches)
 
     def scores(self, subject: Subject) -> dict[str, Tensor]:
         """See :meth:`Importance.scores`."""

@@ -309,7 +309,7 @@ class _Builder:
         # This operand is read straight: its positions are the layer's columns.
         stored = self.positions[source]
         wider = widest_worth(stored, wanted, price, cost)
-        return rounded_up(stored, wider, Rounding(self.flow, self.setting).inputs(len(wider), len(stored)))
+        return rounded_up(stored, wider, self.setting.rounded(len(wider), len(stored)))
 
     def _as_stored(self, link: Link, wanted: np.ndarray) -> np.ndarray:
         """A contraction takes its inputs in any order: in that in which they are stored."""

@@ -30,6 +30,10 @@ class Setting:
         """What ``reader`` pays for channels of ``source`` along ``dim``."""
         return ReadCost(self.rates, memory_of(source, dim, self.examples), takes_strides(reader, dim, self.rates))
 
+    def rounded(self, needed: int, held: int) -> int:
+        """Channels that a layer reads, of as many as there are."""
+        return min(held, -(-needed // self.round_to) * self.round_to)
+
     def computing(self, node: Node, effect: Contract, rows: int) -> float:
         """Nanoseconds that one more input channel costs a layer with ``rows`` outputs."""
         sizes = [float(size_of(s)) for s in effect.weight.meta["val"].shape]

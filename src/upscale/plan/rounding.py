@@ -23,7 +23,7 @@ LITTLE = 8  # a layer that loses more than one in so many gains more than ragged
 
 @dataclass(frozen=True)
 class Rounding:
-    """How many channels a layer makes or reads, given how many it must."""
+    """How many channels a layer makes, given how many it must."""
 
     flow: Flow
     setting: Setting
@@ -35,10 +35,6 @@ class Rounding:
         if multiple == 1 and few and self._takes(node) >= NOTICEABLE:
             multiple = self.setting.rates.vector
         return min(total, -(-needed // multiple) * multiple)
-
-    def inputs(self, needed: int, held: int) -> int:
-        """Channels that a layer reads of a tensor that holds so many."""
-        return min(held, -(-needed // self.setting.round_to) * self.setting.round_to)
 
     def _takes(self, node: Node) -> float:
         """Nanoseconds of the unpruned layer that alone reads what ``node`` makes, through unary operators.

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import csv
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar
+
+from ..files import replacing
 
 T = TypeVar("T")
 
@@ -46,13 +47,7 @@ def _parsed(kind: str, text: str) -> Any:
 
 def write_table(path: Path, kind: type[T], rows: Iterable[T]) -> None:
     """Replace the CSV as a whole, atomically: at no time is half a table on the disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with draft.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, columns_of(kind))
-            writer.writeheader()
-            writer.writerows({k: "" if v is None else v for k, v in asdict(row).items()} for row in rows)  # type: ignore[call-overload]
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
+    with replacing(path) as draft, draft.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns_of(kind))
+        writer.writeheader()
+        writer.writerows({k: "" if v is None else v for k, v in asdict(row).items()} for row in rows)  # type: ignore[call-overload]
