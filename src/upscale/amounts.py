@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .errors import InputError
 from .mask_arguments import checked_amount, one_of
-from .ranking import Group, normalised, pick
+from .ranking import Group, normalised, pick, quantiles
 
 __all__ = [
     "Amount",
@@ -194,9 +194,10 @@ def group_shares(
 def shares(
     groups: Sequence[Group], scores: Sequence[Tensor], parts: Sequence[float], is_global: bool
 ) -> list[list[int]]:
-    """The lowest channels of each group, by its share; with ``is_global`` groups of one share are ranked together."""
+    """The lowest channels of each group, by its share, so that each of its layers loses that share as nearly as can be;
+    with ``is_global`` groups of one share are ranked together."""
     if not is_global:
-        return [pick([(g, score)], part)[0] for g, score, part in zip(groups, scores, parts, strict=True)]
+        return [pick([(g, quantiles(g, s))], part)[0] for g, s, part in zip(groups, scores, parts, strict=True)]
     picked: list[list[int]] = [[] for _ in groups]
     for part in sorted(set(parts)):
         members = [k for k, other in enumerate(parts) if other == part]

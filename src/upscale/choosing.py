@@ -7,11 +7,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
-import torch
 from torch import Tensor
 
 from .amounts import Budget, Request, comparable, shares
-from .ranking import Group, removal_order
+from .ranking import Group, quantiles, removal_order
 from .zeroing import Zeros
 
 if TYPE_CHECKING:
@@ -88,15 +87,7 @@ class Chooser:
         """All channels that may go: by score, or by their rank's share of the layer, so that layers lose alike."""
         ranked = comparable(scores, taken, self.is_global and self.rescaled)
         if not self.is_global:
-            ranked = [_quantiles(score, len(gone)) for score, gone in zip(ranked, taken, strict=True)]
+            ranked = [quantiles(group, score) for group, score in zip(self.groups, ranked, strict=True)]
         members = [g for g, share in enumerate(self.parts) if share > 0]
         order = removal_order([(self.groups[g], ranked[g]) for g in members])
         return [(members[k], channel) for k, channel in order]
-
-
-def _quantiles(score: Tensor, taken: int) -> Tensor:
-    """The share of a layer that is gone once a channel is; minus infinity for the ``taken`` lowest."""
-    place = torch.empty(len(score), dtype=torch.float64)
-    place[torch.sort(score, stable=True).indices] = torch.arange(1, len(score) + 1, dtype=torch.float64) / len(score)
-    place[place <= (taken + 0.5) / len(score)] = float("-inf")
-    return place

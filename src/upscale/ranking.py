@@ -10,7 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Group", "group_scores", "normalised", "pick", "removal_order"]
+__all__ = ["Group", "group_scores", "normalised", "pick", "quantiles", "removal_order"]
+
+_TIE = 1e-9  # less than two quantiles differ by
 
 
 @dataclass
@@ -38,6 +40,25 @@ def normalised(score: Tensor) -> Tensor:
     """One group's scores divided by their root mean square, so that layers of different scale compare."""
     scale = score.square().mean().sqrt()
     return score / scale if scale > 0 else score
+
+
+def quantiles(group: Group, score: Tensor) -> Tensor:
+    """For each channel, the share of its kind that is gone once it and all lower ones are (float64, in (0, 1]).
+
+    Channels of a kind are those that the same layers have: where a narrow tensor is padded and added to a wider one, or
+    several are concatenated, a group has channels that some of its layers lack. Ranked by quantile, every layer loses
+    about the same share. Equal quantiles go by score; a score of minus infinity is the lowest of all.
+    """
+    present = torch.stack([_places(index) > 0 for index in group.members.values()], dim=1)
+    kinds = torch.unique(present, dim=0, return_inverse=True)[1]
+    order = torch.sort(score, stable=True).indices
+    found = torch.empty(group.size, dtype=torch.float64)
+    found[order] = _TIE * torch.arange(1, group.size + 1, dtype=torch.float64) / group.size
+    for kind in range(int(kinds.max()) + 1):
+        members = order[kinds[order] == kind]
+        found[members] += torch.arange(1, len(members) + 1, dtype=torch.float64) / len(members)
+    found[score == float("-inf")] = float("-inf")
+    return found
 
 
 def pick(ranked: list[tuple[Group, Tensor]], share: float) -> list[list[int]]:

@@ -16,6 +16,8 @@ from .bench import bench
 from .coverage import HELP as COVERAGE_HELP
 from .coverage import coverage
 from .errors import UsageError
+from .reproduce import HELP as REPRODUCE_HELP
+from .reproduce import reproduce
 from .text import for_help
 from .zoo import HELP as ZOO_HELP
 from .zoo import zoo
@@ -48,6 +50,7 @@ def _options(
 
 app.command(help=for_help(ZOO_HELP))(zoo)
 app.command(help=for_help(BENCH_HELP))(bench)
+app.command(help=for_help(REPRODUCE_HELP))(reproduce)
 app.command(help=for_help(COVERAGE_HELP), no_args_is_help=True)(coverage)
 
 

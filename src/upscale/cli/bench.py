@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 import os
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from enum import Enum
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 import torch
 import typer
@@ -27,8 +27,7 @@ from ..zoo.process import Limits
 from ..zoo.suites import SuiteError
 from ..zoo.table import BadTableError
 from .errors import UsageError
-
-T = TypeVar("T")
+from .values import count, listed, one_of, share
 
 DEFAULT_MODELS = (
     "resnet18",
@@ -172,15 +171,15 @@ def bench(
     settings = [
         Setting(*values, device=_device(device), dtype=dtype.value, side=side.value, seed=seed)
         for values in itertools.product(
-            _listed("--amount", amount, _share),
-            _listed("--batch", batch, _count),
-            _listed("--memory-format", memory_format, _one_of(MEMORY_FORMATS)),
-            _listed("--backend", backend, _one_of(tuple(BACKENDS))),
-            _listed("--threads", threads, _count),
+            listed("--amount", amount, share),
+            listed("--batch", batch, count),
+            listed("--memory-format", memory_format, one_of(MEMORY_FORMATS)),
+            listed("--backend", backend, one_of(tuple(BACKENDS))),
+            listed("--threads", threads, count),
         )
     ]
     _check_packages([setting.backend for setting in settings], plot)
-    chosen = _listed("--variants", variants, _one_of(VARIANTS))
+    chosen = listed("--variants", variants, one_of(VARIANTS))
     chosen = [name for name in VARIANTS if name in chosen or name == "unpruned"]
     limits = Limits(timeout, memory)
     try:
@@ -190,49 +189,6 @@ def bench(
         return _conclude(jobs, out, plot, markdown, shlex.join(["upscale", *context.obj]))
     except (SuiteError, UnknownModelError, BadTableError, OSError) as error:
         raise UsageError(str(error)) from error
-
-
-def _listed(option: str, texts: Sequence[str], convert: Callable[[str], T]) -> list[T]:
-    """The values of an option that may be given again, or hold several with commas between."""
-    values = []
-    for word in filter(None, (word.strip() for text in texts for word in text.split(","))):
-        try:
-            values.append(convert(word))
-        except ValueError as error:
-            raise UsageError(f"{option}: {error}") from error
-    if not values:
-        raise UsageError(f"{option} needs a value")
-    return list(dict.fromkeys(values))
-
-
-def _share(text: str) -> float:
-    value = _number(text, float)
-    if not 0 < value < 1:
-        raise ValueError(f"{text} must be more than 0 and less than 1")
-    return value
-
-
-def _count(text: str) -> int:
-    value = _number(text, int)
-    if value < 1:
-        raise ValueError(f"{text} must be at least 1")
-    return value
-
-
-def _number(text: str, kind: Callable[[str], T]) -> T:
-    try:
-        return kind(text)
-    except ValueError as error:
-        raise ValueError(f"{text!r} is no number, or no whole one") from error
-
-
-def _one_of(names: Sequence[str]) -> Callable[[str], str]:
-    def check(text: str) -> str:
-        if text not in names:
-            raise ValueError(f"{text!r} is none of {', '.join(names)}")
-        return text
-
-    return check
 
 
 def _device(text: str) -> str:

@@ -1,0 +1,131 @@
+"""Pictures of the accuracy table: accuracy against amount, FLOPs and latency, by importance and method."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..files import replacing
+from .gains import AXES, Curve, curves
+from .rows import METHODS, Row
+
+__all__ = ["write_plots"]
+
+#: Colours that colour-blind readers tell apart (Okabe and Ito), and marks that differ too.
+_STYLE = {
+    "unconstrained": ("#0072B2", "o", "-"),
+    "constrained": ("#D55E00", "s", "--"),
+    "contiguous": ("#009E73", "^", "-."),
+}
+_LABELS = {
+    "amount": "channels masked",
+    "flops_left": "FLOPs / dense",
+    "latency_left": "latency / dense (one image, one thread)",
+}
+_GRID = 41  # places of an average curve
+
+Line = tuple[np.ndarray, np.ndarray]
+
+
+def write_plots(folder: Path, rows: Sequence[Row]) -> list[Path]:
+    """A picture for each network (and side, and set of images), and one of the mean over networks. Written atomically.
+
+    Of an average curve, FLOPs and latency are a common scale on which each network's curve is interpolated."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    found = curves(rows)
+    written = []
+    sets = list(dict.fromkeys(_set_of(curve) for curve in found))
+    for name in sets:
+        some = [curve for curve in found if _set_of(curve) == name]
+        models = list(dict.fromkeys(curve.model for curve in some))
+        for model in models:
+            mine = [curve for curve in some if curve.model == model]
+            title = f"{model}: top-1 in percent on {mine[0].points[0].evaluated:,} images"
+            path = folder / f"{'-'.join([_safe(model), *name])}.png"
+            _draw(path, title, {key: _along(curve) for key, curve in _by_panel(mine).items()}, mine[0].dense)
+            written.append(path)
+        if len(models) > 1:
+            path = folder / f"{'-'.join(['mean', *name])}.png"
+            title = f"top-1 / dense top-1, mean of {len(models)} networks"
+            _draw(path, title, _averages(some, len(models)), 1.0)
+            written.append(path)
+    return written
+
+
+def _set_of(curve: Curve) -> tuple[str, ...]:
+    """What pictures are of: curves of one side, on as many images."""
+    row = curve.points[0]
+    return (curve.side, str(row.images or "all"))
+
+
+def _safe(name: str) -> str:
+    return "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in name)
+
+
+def _by_panel(found: Sequence[Curve]) -> dict[tuple[str, str], Curve]:
+    return {(curve.importance, curve.method): curve for curve in found}
+
+
+def _along(curve: Curve) -> dict[str, Line]:
+    return {axis: curve.along(axis) for axis in AXES}
+
+
+def _averages(found: Sequence[Curve], models: int) -> dict[tuple[str, str], dict[str, Line]]:
+    """By importance and method, the mean of the networks' relative accuracies, where all networks have some."""
+    averages = {}
+    for key in dict.fromkeys((curve.importance, curve.method) for curve in found):
+        some = [curve for curve in found if (curve.importance, curve.method) == key]
+        if len(some) == models:
+            averages[key] = {axis: _average([curve.along(axis) for curve in some], some) for axis in AXES}
+    return averages
+
+
+def _average(lines: Sequence[Line], found: Sequence[Curve]) -> Line:
+    low, high = max(x[0] for x, _ in lines), min(x[-1] for x, _ in lines)
+    grid = np.linspace(low, high, _GRID)
+    means = [np.interp(grid, x, y) / curve.dense for (x, y), curve in zip(lines, found, strict=True)]
+    return grid, np.mean(means, axis=0)
+
+
+def _draw(path: Path, title: str, lines: Mapping[tuple[str, str], Mapping[str, Line]], dense: float) -> None:
+    from matplotlib import pyplot
+
+    importances = list(dict.fromkeys(importance for importance, _ in lines))
+    down = max(1, len(importances))
+    figure, axes = pyplot.subplots(down, len(AXES), figsize=(12, 1.1 + 2.5 * down), squeeze=False, sharey=True)
+    for row, importance in zip(axes, importances, strict=False):
+        for panel, axis in zip(row, AXES, strict=True):
+            _panel(panel, axis, {m: lines[importance, m][axis] for m in METHODS if (importance, m) in lines}, dense)
+        row[0].set_ylabel(importance, fontweight="bold")
+    for panel, axis in zip(axes[-1], AXES, strict=True):
+        panel.set_xlabel(_LABELS[axis])
+    handles: dict[str, Any] = {}
+    for panel in axes.flat:
+        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    figure.legend(list(handles.values()), list(handles), loc="upper right", ncols=len(handles) or 1, frameon=False)
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.3 / figure.get_figheight()))
+    try:
+        with replacing(path) as draft:
+            figure.savefig(draft, dpi=110, format="png")
+    finally:
+        pyplot.close(figure)
+
+
+def _panel(panel: Any, axis: str, lines: Mapping[str, Line], dense: float) -> None:
+    panel.axhline(dense, color="#888888", linewidth=1)
+    for method, (x, y) in lines.items():
+        color, mark, dash = _STYLE[method]
+        marks = {"marker": mark, "markersize": 4} if len(x) < _GRID else {}
+        panel.plot(x, y, dash, color=color, label=method, **marks)
+    if axis != "amount":
+        panel.invert_xaxis()  # masked more to the right, as with amounts
+    panel.set_ylim(bottom=0)
+    panel.grid(color="#dddddd")
+    panel.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,233 @@
+"""One combination in this process: mask, export, verify, evaluate, time. What a network's combinations share is kept
+between them."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+import upscale
+
+from .. import measure
+from ..bench.checks import paired_ratio
+from ..capture import capture
+from ..errors import NothingToPruneError
+from ..exporting import compile_program, finish
+from ..importance import Heuristic
+from ..machine import processor
+from ..masking import MaskingManager
+from ..program import Program
+from ..zoo.compare import relative_error
+from ..zoo.rows import TOLERANCE
+from ..zoo.worker import first_line
+from .images import DataError, Images, View, load_dataset
+from .models import KNOWN, find_recipe, load_model
+from .rows import DENSE, Combination, Row, Source, blank
+
+__all__ = ["Job", "Subject", "check", "evaluate"]
+
+_PIXELS = 1 << 19  # of the images of one batch, and of those that ranks of feature maps are taken of
+_BATCH = 100  # images, at most
+_COMPARED = 8  # images on which the exported model is compared with the masked one
+_ROUNDS, _SECONDS, _WARMUP = 60, 1.5, 3  # of timing
+
+
+@dataclass(frozen=True)
+class Job:
+    """One row to be made."""
+
+    source: Source
+    combination: Combination
+
+
+class DifferentError(Exception):
+    """The exported model does not compute what the masked model computes."""
+
+
+class Subject:
+    """A network with its weights, its images, and what is found out about it once: its graph, its scores."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        view = View(source.mean, source.std, source.size) if source.size else None  # type: ignore[arg-type]
+        recipe = find_recipe(source.model, view)
+        self.images, self.calibration = _images(source, recipe.data, recipe.view)
+        self.dense = load_model(source.model, recipe, Path(source.weights))
+        self.model = copy.deepcopy(self.dense)
+        _check_outputs(self.dense, self.images)
+        self._managers: dict[tuple[str, str], MaskingManager] = {}
+        self._scored: dict[tuple[str, str], str] = {}
+
+    @functools.cached_property
+    def example(self) -> Tensor:
+        return self.images.batch(range(2))
+
+    @functools.cached_property
+    def one(self) -> Tensor:
+        return self.images.batch(range(1))
+
+    @functools.cached_property
+    def decoded(self) -> Images:
+        return self.images.decoded()
+
+    @functools.cached_property
+    def dense_flops(self) -> int:
+        return measure.flops(self.dense, self.one)
+
+    @functools.cached_property
+    def _captured(self) -> Program:
+        return capture(self.model, (self.example,))
+
+    def program(self) -> Program:
+        """The graph of the model with its present weights: captured once, where it holds the very parameters."""
+        held = {id(tensor) for tensor in self._captured.tensors.values()}
+        whole = all(id(tensor) in held for tensor in self.model.parameters())
+        return self._captured if whole else capture(self.model, (self.example,))
+
+    def mask(self, how: Combination) -> int:
+        """Zero channels of ``model``, from the dense weights; how many."""
+        self.restore()
+        key = (how.side, how.method)
+        if key not in self._managers:
+            side, method = cast(Any, how.side), cast(Any, how.method)
+            self._managers[key] = MaskingManager(self.model, side, method, example_inputs=self.example)
+        manager = self._managers[key]
+        if self._scored.get(key) != how.importance:  # scores are of the dense weights, whatever the amount
+            self._scored.pop(key, None)
+            manager.importance(self._heuristic(how.importance))
+            self._scored[key] = how.importance
+        manager.mask(how.amount)
+        return sum(map(len, manager.masked.values()))
+
+    def restore(self) -> None:
+        """Dense weights again."""
+        with torch.no_grad():
+            for name, tensor in self.model.state_dict().items():
+                tensor.copy_(self.dense.state_dict()[name])
+
+    def _heuristic(self, name: str) -> Heuristic:
+        if name not in _WITH_DATA:
+            return name
+        if not len(self.calibration):
+            raise DataError(f"{name} needs images that are not evaluated on: there are none left, with --images all")
+        return _WITH_DATA[name](self.calibration)
+
+
+def _ranks(images: Images) -> Heuristic:
+    few = max(4, _PIXELS // images.view.size**2)
+    return upscale.HRank(_batches(images.first(few)))
+
+
+_WITH_DATA = {"hrank": _ranks, "activation": lambda images: upscale.ActivationMagnitude(_batches(images))}
+
+
+def _images(source: Source, data: str, view: View) -> tuple[Images, Images]:
+    dataset = load_dataset(Path(source.data), data, view)
+    test, calibration = dataset.split(source.images or None, source.calibration, source.seed)
+    if len(test) < 2:
+        raise DataError(f"{source.data} has {len(dataset.test)} images: too few to evaluate on")
+    return test, calibration
+
+
+def _check_outputs(model: nn.Module, images: Images) -> None:
+    """One class for each label there is, at least."""
+    with torch.no_grad():
+        scores = model(images.batch(range(1)))
+    if not isinstance(scores, Tensor) or scores.ndim != 2:
+        raise DataError(f"{type(model).__name__} must return one tensor of (images, classes), to be evaluated")
+    if int(images.labels.max()) >= scores.shape[1]:
+        raise DataError(
+            f"the data has {int(images.labels.max()) + 1} classes, {type(model).__name__} only {scores.shape[1]}"
+        )
+
+
+def _size(images: Images) -> int:
+    return max(1, min(_BATCH, _PIXELS // images.view.size**2))
+
+
+def _batches(images: Images) -> list[Tensor]:
+    size = _size(images)
+    return [images.batch(range(at, min(at + size, len(images)))) for at in range(0, len(images), size)]
+
+
+def accuracy(model: nn.Module, images: Images) -> float:
+    """Top-1 in percent."""
+    size, right = _size(images), 0
+    with torch.inference_mode():
+        for at in range(0, len(images), size):
+            some = range(at, min(at + size, len(images)))
+            right += int((model(images.batch(some)).argmax(1) == images.labels[some.start : some.stop]).sum())
+    return 100 * right / len(images)
+
+
+@functools.lru_cache(maxsize=1)
+def _subject(source: Source) -> Subject:
+    return Subject(source)
+
+
+def check(source: Source) -> None:
+    """Raises ``DataError`` where there are no images to evaluate on."""
+    recipe = KNOWN.get(source.model)
+    view = recipe.view if recipe else View(source.mean, source.std, source.size)  # type: ignore[arg-type]
+    _images(source, recipe.data if recipe else "", view)
+
+
+def evaluate(job: Job) -> Row:
+    """The row of a job. Never raises: what went wrong is in the row."""
+    started = time.perf_counter()
+    row = _blank(job)
+    try:
+        torch.set_num_threads(1)
+        subject = _subject(job.source)
+        row.evaluated = len(subject.images)
+        _fill(row, subject, job.combination)
+    except Exception as error:
+        row.reason = first_line(error)
+    row.seconds = round(time.perf_counter() - started, 2)
+    return row
+
+
+def _blank(job: Job) -> Row:
+    return blank(job.source, job.combination, upscale.__version__, torch.__version__, processor())
+
+
+def _fill(row: Row, subject: Subject, how: Combination) -> None:
+    model = subject.dense if how.method == DENSE else _pruned(row, subject, how)
+    row.top1 = round(accuracy(model, subject.decoded), 4)
+    row.parameters, row.flops = measure.parameters(model), measure.flops(model, subject.one)
+    row.parameters_left = round(row.parameters / measure.parameters(subject.dense), 5)
+    row.flops_left = round(row.flops / subject.dense_flops, 5)
+    found = measure.timings(
+        {"dense": subject.dense, "pruned": model},
+        subject.one,
+        runs=_ROUNDS,
+        warmup=_WARMUP,
+        seconds=_SECONDS,
+        clock=time.thread_time,  # combinations run beside each other: their waiting for the processor is no latency
+    )
+    row.latency_ms = round(statistics.median(found["pruned"]), 4)
+    row.latency_left = round(paired_ratio(found["pruned"], found["dense"]), 4) if model is not subject.dense else 1.0
+
+
+def _pruned(row: Row, subject: Subject, how: Combination) -> nn.Module:
+    """The masked network, exported; verified by the export itself, and on images."""
+    try:
+        row.channels = subject.mask(how)
+        exported: Any = finish(compile_program(subject.program()), row.model)
+    except NothingToPruneError:  # a share of few channels may be none
+        row.channels, row.error = 0, 0.0
+        return subject.dense
+    some = subject.images.batch(range(min(_COMPARED, len(subject.images))))
+    with torch.no_grad():
+        row.error = float(f"{relative_error(subject.model(some), exported(some)):.3g}")
+    if not row.error <= TOLERANCE["float32"]:
+        raise DifferentError(f"the exported network differs from the masked one by {row.error:.1e}, relatively")
+    return exported
