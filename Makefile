@@ -12,7 +12,7 @@ RUN := $(BIN)/python
 export OMP_NUM_THREADS ?= 1
 export KINETO_LOG_LEVEL ?= 6
 
-.PHONY: help venv demo test check format fuzz bench matrix results zoo wheel clean
+.PHONY: help venv demo test check format fuzz bench matrix results accuracy zoo wheel clean
 
 help:
 	@echo "make demo     train a small net on scikit-learn's digits, mask it, export it, compare"
@@ -22,13 +22,14 @@ help:
 	@echo "make bench    pruned models timed against the unpruned one and the floor: two models, a minute or two"
 	@echo "make matrix   every network x every mask (long)"
 	@echo "make zoo      every model of torchvision, timm and transformers (hours), written to docs/coverage.md"
+	@echo "make accuracy top-1 of trained networks, masked in every way (hours; resumes), written to docs/accuracy.md"
 	@echo "make results  accuracy and latency on real trained networks, written to docs/results.md"
 
 # A half-made environment is started afresh: only the stamp says that it is whole.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear $(VENV)
 	$(RUN) -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
-	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[zoo,demo,onnx,dev]"
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[zoo,demo,onnx,reproduce,ray,dev]"
 	touch $@
 
 venv: $(STAMP)

@@ -1,177 +1,53 @@
-"""The trained networks of the accuracy tables: CIFAR-10 ResNets and DenseNet-BC, written here, and two of
-torchvision's.
+"""The trained networks of the accuracy tables, with what their weights' README says of them.
 
-The weights are not part of the repository. They are looked for in ``../shared/weights`` beside it, or in
-``weights`` under the folder that the environment variable ``UPSCALE_SHARED`` names; the layouts are those of
-the published files."""
+The weights are not part of the repository. They are looked for in ``../shared/weights`` beside it, or in ``weights``
+under the folder that the environment variable ``UPSCALE_SHARED`` names."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
+
+from upscale.reproduce.models import KNOWN, Recipe, load_model
 
 from . import ROOT
 
-__all__ = ["NETS", "DenseNet40", "Net", "ResNetCifar", "load", "shared", "why_missing"]
-
-
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions; the shortcut has no parameters: every second pixel, zeros for new channels."""
-
-    def __init__(self, width_in: int, width: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(width_in, width, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
-        self.stride = stride
-        self.new_channels = width - width_in
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(x)))
-        out = self.bn2(self.conv2(out))
-        if self.stride > 1:
-            side = self.new_channels // 2
-            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, side, side))
-        return F.relu(out + x)
-
-
-class ResNetCifar(nn.Module):
-    """He et al.'s CIFAR ResNet: three stages of widths 16, 32, 64 on 32x32 images; ``blocks`` a stage."""
-
-    def __init__(self, blocks: int, classes: int = 10) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
-        self.layer1 = self._stage(16, 16, blocks, 1)
-        self.layer2 = self._stage(16, 32, blocks, 2)
-        self.layer3 = self._stage(32, 64, blocks, 2)
-        self.linear = nn.Linear(64, classes)
-
-    @staticmethod
-    def _stage(width_in: int, width: int, blocks: int, stride: int) -> nn.Sequential:
-        first = BasicBlock(width_in, width, stride)
-        return nn.Sequential(first, *(BasicBlock(width, width, 1) for _ in range(blocks - 1)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.bn1(self.conv1(x)))
-        x = self.layer3(self.layer2(self.layer1(x)))
-        return self.linear(F.adaptive_avg_pool2d(x, 1).flatten(1))
-
-
-class DenseLayer(nn.Module):
-    """Norm, ReLU, 1x1 to ``4 * growth``; norm, ReLU, 3x3 to ``growth``; the result joins the input."""
-
-    def __init__(self, width_in: int, growth: int) -> None:
-        super().__init__()
-        self.bn1 = nn.BatchNorm2d(width_in)
-        self.conv1 = nn.Conv2d(width_in, 4 * growth, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(4 * growth)
-        self.conv2 = nn.Conv2d(4 * growth, growth, 3, 1, 1, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.conv1(F.relu(self.bn1(x)))
-        return torch.cat([x, self.conv2(F.relu(self.bn2(out)))], 1)
-
-
-class DenseBlock(nn.Module):
-    def __init__(self, width_in: int, layers: int, growth: int) -> None:
-        super().__init__()
-        self.layer = nn.Sequential(*(DenseLayer(width_in + i * growth, growth) for i in range(layers)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)
-
-
-class Transition(nn.Module):
-    """Norm, ReLU, 1x1 to half the channels, and half the size."""
-
-    def __init__(self, width_in: int, width: int) -> None:
-        super().__init__()
-        self.bn1 = nn.BatchNorm2d(width_in)
-        self.conv1 = nn.Conv2d(width_in, width, 1, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.avg_pool2d(self.conv1(F.relu(self.bn1(x))), 2)
-
-
-class DenseNet40(nn.Module):
-    """DenseNet-BC of depth 40, growth 12 and reduction 0.5 for 32x32 images."""
-
-    def __init__(self, classes: int = 10, growth: int = 12) -> None:
-        super().__init__()
-        layers, width = 6, 2 * growth
-        self.conv1 = nn.Conv2d(3, width, 3, 1, 1, bias=False)
-        self.block1 = DenseBlock(width, layers, growth)
-        width += layers * growth
-        self.trans1 = Transition(width, width // 2)
-        self.block2 = DenseBlock(width // 2, layers, growth)
-        width = width // 2 + layers * growth
-        self.trans2 = Transition(width, width // 2)
-        self.block3 = DenseBlock(width // 2, layers, growth)
-        width = width // 2 + layers * growth
-        self.bn1 = nn.BatchNorm2d(width)
-        self.fc = nn.Linear(width, classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.trans1(self.block1(self.conv1(x)))
-        x = self.block3(self.trans2(self.block2(x)))
-        return self.fc(F.avg_pool2d(F.relu(self.bn1(x)), 8).flatten(1))
-
-
-def _torchvision(name: str) -> nn.Module:
-    from support.vision import torchvision
-
-    return torchvision.models.get_model(name, weights=None)
+__all__ = ["NETS", "Net", "load", "shared", "why_missing"]
 
 
 @dataclass(frozen=True)
 class Net:
-    """A trained network: how to build it, its weights' file, its data set and input, and its published dense
-    top-1.
+    """A trained network. ``dense_top1``: percent, on its whole test set, as the README of ``../shared/data`` says."""
 
-    ``dense_top1``: percent, on the whole test set of ``../shared/data``, as the data's README gives it.
-    """
-
-    title: str
-    build: Callable[[], nn.Module]
-    weights: str
-    dataset: str
-    normalisation: str
-    size: int
+    recipe: Recipe
     dense_top1: float
 
+    @property
+    def title(self) -> str:
+        return self.recipe.title
 
-NETS: dict[str, Net] = {
-    "resnet20": Net("ResNet-20", lambda: ResNetCifar(3), "resnet20_cifar10_jpeg", "cifar10", "A", 32, 87.95),
-    "resnet56": Net("ResNet-56", lambda: ResNetCifar(9), "resnet56_cifar10_jpeg", "cifar10", "A", 32, 89.06),
-    "densenet40": Net("DenseNet-40-12-BC", DenseNet40, "densenet40_12_bc_cifar10", "cifar10", "B", 32, 81.13),
-    "mobilenet_v2": Net(
-        "MobileNetV2",
-        lambda: _torchvision("mobilenet_v2"),
-        "mobilenet_v2_imagenet",
-        "imagenet",
-        "A",
-        224,
-        84.2,
-    ),
-    "squeezenet1_0": Net(
-        "SqueezeNet 1.0",
-        lambda: _torchvision("squeezenet1_0"),
-        "squeezenet1_0_imagenet",
-        "imagenet",
-        "A",
-        224,
-        61.6,
-    ),
+    @property
+    def size(self) -> int:
+        return self.recipe.view.size
+
+    @property
+    def dataset(self) -> str:
+        """The data's file without its ending."""
+        return Path(self.recipe.data).stem
+
+
+_DENSE_TOP1 = {
+    "resnet20": 87.95,
+    "resnet56": 89.06,
+    "densenet40": 81.13,
+    "mobilenet_v2": 84.2,
+    "squeezenet1_0": 61.6,
 }
+
+NETS: dict[str, Net] = {name: Net(KNOWN[name], top1) for name, top1 in _DENSE_TOP1.items()}
 
 
 def shared() -> Path:
@@ -181,17 +57,17 @@ def shared() -> Path:
 
 def why_missing(name: str) -> str | None:
     """None where everything that ``NETS[name]`` needs is there, else what is not."""
-    net = NETS[name]
-    data = {"cifar10": "cifar10.npz", "imagenet": "imagenet_sample.npz"}[net.dataset]
-    for path in (shared() / "weights" / f"{net.weights}.safetensors", shared() / "data" / data):
+    recipe = NETS[name].recipe
+    for path in (_weights(name), shared() / "data" / recipe.data):
         if not path.is_file():
             return f"{path} is not there (set UPSCALE_SHARED to the folder with weights/ and data/)"
     return None
 
 
 def load(name: str) -> nn.Module:
-    """``NETS[name]`` with its trained weights, in eval mode; ``FileNotFoundError`` where they are missing."""
-    net = NETS[name]
-    model = net.build()
-    model.load_state_dict(load_file(shared() / "weights" / f"{net.weights}.safetensors"))
-    return model.eval()
+    """``NETS[name]`` with its trained weights, in eval mode; ``ModelError`` where they are missing."""
+    return load_model(name, NETS[name].recipe, _weights(name))
+
+
+def _weights(name: str) -> Path:
+    return shared() / "weights" / f"{NETS[name].recipe.weights}.safetensors"

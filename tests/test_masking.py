@@ -427,6 +427,15 @@ class TestConstrained:
         manager = MaskingManager(residual, method="constrained").mask(0.17)
         assert manager.masked["conv2"].tolist() == [0, 5] and manager.masked["conv1"].tolist() == [1]
 
+    def test_every_member_loses_its_share(self, residual: Residual, groups: list) -> None:
+        """Channels that more layers have score more, being sums; each kind of channel loses its share all the same."""
+        part = torch.tensor([-1, -1, -1, -1, 0, 1, 2, 3, 4, 5, 6, 7])
+        groups += [[("conv1", "input", part), ("conv2", "input", torch.arange(12))]]
+        masked = MaskingManager(residual, method="constrained").mask(0.5).masked
+        assert len(masked["conv1"]) == 4 and len(masked["conv2"]) == 6
+        masked = MaskingManager(residual, method="constrained").mask(0.25).masked
+        assert len(masked["conv1"]) == 2 and len(masked["conv2"]) == 3
+
     def test_no_member_loses_its_last_channel(self, residual: Residual, groups: list) -> None:
         lone = torch.full((12,), -1)
         lone[3] = 0
@@ -501,3 +510,32 @@ class TestConstrainedGraph:
         assert [c + 4 for c in masked["b"].tolist()] == [c for c in masked["out"].tolist() if c >= 4]
         pruned = upscale.export(model, (x,))
         assert measure.copies(pruned, x[:1]).by_op.keys() <= {"cat"}
+
+
+class _Padded(nn.Module):
+    """A stream of 8 channels, padded to 16: the readers of the narrow part see half of the wide one's channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.narrow = nn.Conv2d(8, 8, 3, padding=1)
+        self.widen = nn.Conv2d(8, 16, 3, padding=1)
+        self.wide = nn.Conv2d(16, 16, 3, padding=1)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        x = x + torch.relu(self.narrow(x))
+        x = torch.relu(nn.functional.pad(x, (0, 0, 0, 0, 4, 4)) + self.widen(x))
+        return self.head(torch.relu(x + self.wide(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("amount", [0.25, 0.5])
+def test_constrained_layers_on_a_padded_stream_lose_their_share(amount: float) -> None:
+    torch.manual_seed(0)
+    model = _Padded()
+    manager = MaskingManager(model, method="constrained", example_inputs=torch.randn(2, 3, 16, 16)).mask(amount)
+    lost = {name: len(channels) for name, channels in manager.masked.items()}
+    assert lost == {"narrow": 8 * amount, "widen": 8 * amount, "wide": 16 * amount, "head": 16 * amount}
+    # the narrow stream's channels are the middle of the wide one
+    assert set((manager.masked["narrow"] + 4).tolist()) <= set(manager.masked["wide"].tolist())

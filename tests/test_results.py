@@ -14,7 +14,7 @@ from benchmarks.nets import NETS, load, why_missing
 from benchmarks.results import masked, page
 from upscale import measure
 
-IMAGES = {"cifar10": 500, "imagenet": 40}
+IMAGES = {"cifar10": 500, "imagenet_sample": 40}
 # A quarter of their channels gone, the ImageNet networks give nearly every image the same class: a small
 # share too.
 ROWS = [*((name, 0.25) for name in NETS), ("mobilenet_v2", 0.05), ("squeezenet1_0", 0.05)]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import multiprocessing
 import os
 import signal
+import sys
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -103,7 +105,10 @@ def on_ray(jobs: Sequence[Job], workers: int, address: str = "") -> Iterator[tup
     import ray
 
     where: dict[str, Any] = {"address": address} if address else {"num_cpus": workers, "include_dashboard": False}
-    ray.init(**where, log_to_driver=False, logging_level="error", runtime_env={"env_vars": _ENVIRONMENT})
+    variables = dict(_ENVIRONMENT)
+    if not address:  # modules are found as they are here
+        variables["PYTHONPATH"] = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+    ray.init(**where, log_to_driver=False, logging_level=logging.ERROR, runtime_env={"env_vars": variables})
     try:
         task = ray.remote(num_cpus=1, max_retries=_TRIES - 1)(evaluate)
         window = max(workers, int(ray.cluster_resources().get("CPU", 1)))

@@ -1,0 +1,52 @@
+"""Small classifiers of 16 x 16 images for the tests of ``upscale reproduce``."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+
+import torch
+from torch import Tensor, nn
+
+CLASSES = 4
+
+
+class Residual(nn.Module):
+    """Two readers of one stream, so that methods differ."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        self.norm = nn.BatchNorm2d(16)
+        self.inner = nn.Conv2d(16, 16, 3, 1, 1)
+        self.last = nn.Conv2d(16, 24, 3, 2, 1)
+        self.head = nn.Linear(24, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.stem(x)))
+        x = x + torch.relu(self.inner(x))
+        return self.head(torch.relu(self.last(x)).mean((2, 3)))
+
+
+def residual() -> nn.Module:
+    return Residual()
+
+
+def dying() -> nn.Module:
+    """Ends a worker at once, as the kernel does when memory runs out."""
+    if multiprocessing.parent_process() is not None:
+        os._exit(9)
+    return Residual()
+
+
+def sleeping() -> nn.Module:
+    """Keeps a worker for ever."""
+    if multiprocessing.parent_process() is not None:
+        time.sleep(1000)
+    return Residual()
+
+
+def features() -> nn.Module:
+    """Not a classifier: returns images."""
+    return nn.Sequential(nn.Conv2d(3, 8, 3, 1, 1), nn.Conv2d(8, 8, 3, 1, 1))
