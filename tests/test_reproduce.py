@@ -268,6 +268,7 @@ def _rows(out: Path, count: int) -> bool:
     return (out / "rows.csv").exists() and len(read_rows(out / "rows.csv")) >= count
 
 
+OWN = ("--models", NAME, "--weights", "w.safetensors", "--data", "d.npz", "--size", "8")
 MISTAKES = [
     (("--models", "resnet21"), "no model 'resnet21': did you mean resnet"),
     (("--models", "a:b"), "a:b is not of the table: say --weights and --data"),
@@ -278,6 +279,7 @@ MISTAKES = [
     (("--sides", "both"), "--sides: 'both' is none of input, output"),
     (("--images", "1"), "--images: '1' must be all, or a whole number of at least 2"),
     (("--mean", "1,2"), "--mean: '1,2' must be three numbers"),
+    (("--importance", "hrank", "--images", "all", *OWN), "hrank needs images that are not evaluated on"),
     (("--executor", "slurm"), "--executor: 'slurm' is none of local, ray"),
     (("--models", "resnet20", "--weights", "."), "resnet20_cifar10_jpeg.safetensors is not there"),
 ]
@@ -292,10 +294,12 @@ def test_a_mistake_is_one_message_and_status_2(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    save_file(residual().state_dict(), tmp_path / "w.safetensors")
+    np.savez(tmp_path / "d.npz", images=np.zeros((4, 8, 8, 3), np.uint8), labels=np.zeros(4, np.int64))
     assert in_process("reproduce", *arguments) == 2
     shown = capsys.readouterr().err
     assert message in shown and "Traceback" not in shown
-    assert not list(tmp_path.iterdir())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["d.npz", "w.safetensors"]
 
 
 def test_a_table_of_another_kind_is_refused(place: Path) -> None:

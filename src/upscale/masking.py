@@ -175,10 +175,10 @@ class MaskingManager:
         layers and channels. No layer ever loses its last channel. Returns ``self``.
 
         Args:
-            amount: ``floor(amount * channels)`` channels of each layer go (of all layers, if ``is_global``);
-                ``0 <= amount < 1``, 0.5 where nothing is said. Or a dict from names to amounts: a key names a layer,
-                all layers in a module, or those that a pattern matches (``"layer4.*"``, as in ``fnmatch``). Later
-                keys win, and a layer that none matches loses nothing.
+            amount: ``floor(amount * channels)`` channels of each layer go (of all layers, if ``is_global``; of layers
+                that are masked together, if constrained); ``0 <= amount < 1``, 0.5 where nothing is said. Or a dict
+                from names to amounts: a key names a layer, all layers in a module, or those that a pattern matches
+                (``"layer4.*"``, as in ``fnmatch``). Later keys win, and a layer that none matches loses nothing.
             flops, params, latency: what an export with the example inputs is to have left of the original, for
                 instance 0.5. FLOPs are counted as :func:`upscale.measure.flops` does, parameters as the report does,
                 both within 1 % of the budget; latency is measured, within 10 %. Every layer loses the same share, or,

@@ -144,7 +144,7 @@ def reproduce(
         sources = [_source(name, weights, data, shown, view) for name in listed("--models", models, str)]
         jobs = plan_jobs(sources, wanted)
         for source in sources:
-            check(source)
+            check(source, {how.importance for how in wanted})
         table_file = out / "rows.csv"
         todo = left(jobs, table_file, resume)
         _run(jobs, todo, table_file, executor, workers or os.cpu_count() or 1, address)

@@ -7,6 +7,7 @@ import copy
 import functools
 import statistics
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -37,6 +38,7 @@ __all__ = ["Job", "Subject", "check", "evaluate"]
 _PIXELS = 1 << 19  # of the images of one batch, and of those that ranks of feature maps are taken of
 _BATCH = 100  # images, at most
 _COMPARED = 8  # images on which the exported model is compared with the masked one
+_LESS = "evaluate on fewer, with --images"
 _ROUNDS, _SECONDS, _WARMUP = 60, 1.5, 3  # of timing
 
 
@@ -117,7 +119,7 @@ class Subject:
         if name not in _WITH_DATA:
             return name
         if not len(self.calibration):
-            raise DataError(f"{name} needs images that are not evaluated on: there are none left, with --images all")
+            raise DataError(f"{name} needs images that are not evaluated on: {_LESS}")
         return _WITH_DATA[name](self.calibration)
 
 
@@ -173,11 +175,14 @@ def _subject(source: Source) -> Subject:
     return Subject(source)
 
 
-def check(source: Source) -> None:
-    """Raises ``DataError`` where there are no images to evaluate on."""
+def check(source: Source, importances: Iterable[str] = ()) -> None:
+    """Raises ``DataError`` where there are no images to evaluate on, or none for scores that need data."""
     recipe = KNOWN.get(source.model)
     view = recipe.view if recipe else View(source.mean, source.std, source.size)  # type: ignore[arg-type]
-    _images(source, recipe.data if recipe else "", view)
+    _, calibration = _images(source, recipe.data if recipe else "", view)
+    for name in importances:
+        if name in _WITH_DATA and not len(calibration):
+            raise DataError(f"{name} needs images that are not evaluated on, and {source.data} has no others: {_LESS}")
 
 
 def evaluate(job: Job) -> Row:
