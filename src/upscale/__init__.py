@@ -22,6 +22,7 @@ from .masking import MaskingManager
 from .one_call import mask, prune
 from .plan import Target
 from .rules import rule
+from .segment_objects import Segment
 from .tuning import tune
 
 __version__ = "0.1.0"
@@ -37,6 +38,7 @@ __all__ = [
     "NothingToPruneError",
     "PruningManager",
     "RuleError",
+    "Segment",
     "Target",
     "Taylor",
     "UnknownChannelError",

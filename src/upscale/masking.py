@@ -30,6 +30,7 @@ from .zeroing import Zeros, refuse_computed, refuse_regrowth, write, zeros_of
 if TYPE_CHECKING:
     from .contiguous_masks import LaidOut
     from .retained import Retained
+    from .segment_objects import Segment
 
 __all__ = ["MaskingManager"]
 
@@ -242,6 +243,18 @@ class MaskingManager:
         sizes = {name: channel_count(self._layers[name], self._side) for name in names}
         return Masks(self._side, sizes, self.masked, self.skipped, self._set)
 
+    def segments(self) -> list[Segment]:
+        """The channels that layers share: what constrained masks choose together, for masks of one's own.
+
+        A segment has ``layers``, each with its name, side, module, and where it has the segment's channels. Channels
+        that something reads which needs all of them (a model output, an operator that is not known) are in none.
+        Raises ``InputError`` where no example inputs are known, ``CaptureError`` where the model cannot be captured.
+        """
+        from .segment_objects import find_segments  # the whole front end, loaded where a graph is needed
+
+        args, kwargs = self._graph_inputs()
+        return find_segments(self._model, args, kwargs, self._layers)
+
     def make_permanent(self) -> MaskingManager:
         """Write the zeros of ``mask(permanent=False)`` into the weights, and take the parametrisations off."""
         fold(self._model)
@@ -318,7 +331,7 @@ class MaskingManager:
     def _graph_inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if self._example is None:
             raise InputError(
-                "a budget, and constrained or contiguous masks, need the model's graph, and no image of "
+                "a budget, segments, and constrained or contiguous masks need the model's graph, and no image of "
                 f"{', '.join(map(str, IMAGE_SIZES))} pixels could be run through it: give example_inputs="
             )
         return self._example
