@@ -16,6 +16,7 @@ from .errors import (
 )
 from .exporting import export
 from .importance import ActivationMagnitude, HRank, Taylor
+from .inspection import inspect
 from .managers import PruningManager
 from .mask_objects import load_masks, save_masks
 from .masking import MaskingManager
@@ -47,6 +48,7 @@ __all__ = [
     "VerificationError",
     "export",
     "importance",
+    "inspect",
     "load_masks",
     "mask",
     "prune",

@@ -11,9 +11,12 @@ from torch import Tensor, nn
 
 from .channels import Side, channel_count
 from .errors import InputError
-from .segments import segments
+from .flow import Flow
+from .segments import groups_of, segments
 
-__all__ = ["Member", "Segment", "find_segments"]
+__all__ = ["Member", "Segment", "find_segments", "segments_of"]
+
+Group = list[tuple[str, str, Tensor]]  # (layer, side, index)
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,15 +96,24 @@ def find_segments(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], layers: Mapping[str, nn.Module]
 ) -> list[Segment]:
     """The segments of a model, in order of execution; of ``layers`` only, which are what masks are made for."""
+    return _as_segments(segments(model, args, dict(kwargs)), layers)
+
+
+def segments_of(flow: Flow, layers: Mapping[str, nn.Module]) -> list[Segment]:
+    """The same of a graph that was analysed without masks."""
+    return _as_segments(groups_of(flow), layers)
+
+
+def _as_segments(groups: Sequence[Group], layers: Mapping[str, nn.Module]) -> list[Segment]:
     found = []
-    for group in segments(model, args, dict(kwargs)):
+    for group in groups:
         members = _members(group, layers)
         if members:
             found.append(Segment(len(group[0][2]), members))
     return found
 
 
-def _members(group: Sequence[tuple[str, str, Tensor]], layers: Mapping[str, nn.Module]) -> tuple[Member, ...]:
+def _members(group: Group, layers: Mapping[str, nn.Module]) -> tuple[Member, ...]:
     members = []
     for name, side, index in group:
         if name in layers:

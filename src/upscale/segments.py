@@ -108,7 +108,11 @@ def segments(
     group's ``k``-th channel (int64, one column per repetition, -1 for none). Channels that a barrier, a model output
     or a normalisation over channels reads are in no group.
     """
-    flow = analyse_flow(capture(model, args, kwargs), partial=False)
+    return groups_of(analyse_flow(capture(model, args, kwargs), partial=False))
+
+
+def groups_of(flow: Flow) -> list[list[tuple[str, str, Tensor]]]:
+    """The same of an analysed graph."""
     shared = sharing(flow)
     members: dict[int, list[Port]] = defaultdict(list)
     for port in shared.ports:

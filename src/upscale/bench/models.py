@@ -88,8 +88,8 @@ def build(source: Source, setting: Setting) -> tuple[Subject, bool]:
     """
     subject = _built(source, setting)
     subject.model.eval().requires_grad_(False)
-    asked = _resized(subject.inputs, setting.size) if setting.size else subject.inputs
-    fits = _runs(subject, asked)
+    asked = resized(subject.inputs, setting.size) if setting.size else subject.inputs
+    fits = runs(subject, asked)
     subject.inputs = asked if fits else subject.inputs
     randomise(subject, setting.seed)  # at the size that is timed: statistics depend on it
     inputs = rebatched(subject.inputs, setting.batch, setting.seed)
@@ -106,7 +106,7 @@ def _built(source: Source, setting: Setting) -> Subject:
     return Subject(model, (torch.randn(2, 3, 64, 64),))
 
 
-def _resized(inputs: Inputs, size: int) -> Inputs:
+def resized(inputs: Inputs, size: int) -> Inputs:
     """Images of ``size`` pixels; whatever is no image stays."""
 
     def one(tensor: Tensor) -> Tensor:
@@ -117,7 +117,8 @@ def _resized(inputs: Inputs, size: int) -> Inputs:
     return each_tensor(inputs, one)
 
 
-def _runs(subject: Subject, inputs: Inputs) -> bool:
+def runs(subject: Subject, inputs: Inputs) -> bool:
+    """Whether the model accepts these inputs."""
     try:
         subject.call(subject.model, inputs)
     except Exception:

@@ -16,6 +16,8 @@ from .bench import bench
 from .coverage import HELP as COVERAGE_HELP
 from .coverage import coverage
 from .errors import UsageError
+from .inspect import HELP as INSPECT_HELP
+from .inspect import inspect
 from .reproduce import HELP as REPRODUCE_HELP
 from .reproduce import reproduce
 from .text import for_help
@@ -48,6 +50,7 @@ def _options(
     """Options that come before the command."""
 
 
+app.command(help=for_help(INSPECT_HELP), no_args_is_help=True)(inspect)
 app.command(help=for_help(ZOO_HELP))(zoo)
 app.command(help=for_help(BENCH_HELP))(bench)
 app.command(help=for_help(REPRODUCE_HELP))(reproduce)

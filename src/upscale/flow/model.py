@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch.fx import Node
 
-from .effects import Channels, Constants, Contract, Effect
+from ..program import where
+from .effects import Barrier, Channels, Constants, Contract, Effect
 
 
 @dataclass(frozen=True)
@@ -125,3 +126,11 @@ class Flow:
     partial: dict[tuple[Node, Node], np.ndarray]  # (addition, operand): the result's channels to which it adds
     masked: dict[Node, bool]  # contractions: whether any input column or row is zero
     depends: bool  # whether the output still depends on the input
+
+    def barriers(self) -> tuple[tuple[str, str, str], ...]:
+        """Operators that are read whole because nothing is known of their channels: (where, operator, reason)."""
+        return tuple(
+            (where(node), str(node.target), f.effect.reason)
+            for node, f in self.nodes.items()
+            if isinstance(f.effect, Barrier) and not f.effect.silent and f.whole and node in self.used
+        )

@@ -8,7 +8,6 @@ from torch.fx import Node
 from ..errors import InputError
 from ..flow import Flow, FlowNode, Link
 from ..flow.effects import Barrier, Contract, reads_values
-from ..program import where
 from .cost import Setting, memory_of
 from .keep import Kept, decide_kept
 from .model import MODES, Choice, Contraction, Layout, Mode, Plan, Read
@@ -87,7 +86,7 @@ class _Builder:
             tuple(self.tables),
             virtual,
             dead,
-            self._barriers(),
+            self.flow.barriers(),
             tuple(self.choices),
             self.orders,
         )
@@ -325,12 +324,3 @@ class _Builder:
         if self.mode != "auto":
             return wanted
         return wanted[np.lexsort((keys, sources))]
-
-    # -- report -------------------------------------------------------------------------------------------------
-
-    def _barriers(self) -> tuple[tuple[str, str, str], ...]:
-        return tuple(
-            (where(n), str(n.target), f.effect.reason)
-            for n, f in self.flow.nodes.items()
-            if isinstance(f.effect, Barrier) and not f.effect.silent and f.whole and n in self.flow.used
-        )

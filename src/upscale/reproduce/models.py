@@ -18,7 +18,7 @@ from ..zoo.suite_file import find_builder
 from .images import CIFAR_FILE, IMAGENET_FILE, View
 from .networks import DenseNet40, ResNetCifar
 
-__all__ = ["KNOWN", "ModelError", "Recipe", "find_recipe", "find_weights", "load_model", "shared"]
+__all__ = ["KNOWN", "ModelError", "Recipe", "find_recipe", "find_weights", "load_model", "load_weights", "shared"]
 
 _HALF = (0.5, 0.5, 0.5)
 _DENSENET = View((125.3 / 255, 123.0 / 255, 113.9 / 255), (63.0 / 255, 62.1 / 255, 66.7 / 255), 32)
@@ -176,12 +176,19 @@ def find_weights(name: str, recipe: Recipe, given: Path) -> Path:
 
 
 def load_model(name: str, recipe: Recipe, file: Path) -> nn.Module:
-    """The network with the weights of ``file``, in eval mode. Files of ``torch.save`` are read without unpickling code.
+    """The network with the weights of ``file``, in eval mode. Raises ``ModelError`` as :func:`load_weights` does."""
+    model = recipe.build()
+    load_weights(name, model, file)
+    return model.eval()
+
+
+def load_weights(name: str, model: nn.Module, file: Path) -> None:
+    """Fill a network called ``name`` with the tensors of a file: safetensors, or one of ``torch.save`` that holds a
+    ``state_dict``, which is read without unpickling code.
 
     Raises:
         ModelError: the file cannot be read, or its tensors do not fit the network.
     """
-    model = recipe.build()
     try:
         if file.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -196,4 +203,3 @@ def load_model(name: str, recipe: Recipe, file: Path) -> nn.Module:
         model.load_state_dict(tensors)
     except (RuntimeError, TypeError, AttributeError) as error:
         raise ModelError(f"{name}: the weights in {file} do not fit: {str(error).splitlines()[-1].strip()}") from error
-    return model.eval()
