@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import sympy
 import torch
 
 _PROBES = 4096  # sizes up to this are tried when a set of conditions is condensed into a lower bound
@@ -115,12 +114,17 @@ def _hint(dim: int) -> str:
     return "export again with dynamic_shapes='spatial'" if dim >= 2 else "export again with dynamic_shapes"
 
 
+def _is_number(value: Any) -> bool:
+    """Whether a size is known: an int, or one of sympy's, which is asked and not imported (half of a second)."""
+    return isinstance(value, int) or bool(getattr(value, "is_Integer", False))
+
+
 def fixed_size(size: Any) -> int | None:
     """The number that a captured size is, or None where it was left free."""
     if not isinstance(size, torch.SymInt):
         return int(size)
     expression = size.node.expr
-    return int(expression) if isinstance(expression, (sympy.Integer, int)) else None
+    return int(expression) if _is_number(expression) else None
 
 
 def size_guards(
@@ -144,7 +148,7 @@ def size_guards(
                 guards.append(Guard(here.same(number), text + message))
                 continue
             expression: Any = size.node.expr  # type: ignore[attr-defined]
-            if not isinstance(expression, sympy.Symbol):
+            if not expression.is_Symbol:
                 derived.append((leaf, dim, expression))
             elif expression not in known:
                 known[expression] = here
@@ -167,10 +171,11 @@ def size_guards(
 def _bounds(here: Size, values: Any, text: str) -> list[Guard]:
     """The range that torch holds a free size to. Its lower bound of two stands for one as well."""
     guards = []
-    lower, upper = getattr(values, "lower", 0), getattr(values, "upper", None)
-    if isinstance(lower, (sympy.Integer, int)) and lower > 2:
+    lower: Any = getattr(values, "lower", 0)
+    upper: Any = getattr(values, "upper", None)
+    if _is_number(lower) and lower > 2:
         guards.append(Guard(here >= int(lower), f"{text}must have at least size {lower} in dimension {here.dim}"))
-    if isinstance(upper, (sympy.Integer, int)) and upper < 1 << 40:
+    if _is_number(upper) and upper < 1 << 40:
         guards.append(Guard(here <= int(upper), f"{text}must have at most size {upper} in dimension {here.dim}"))
     return guards
 
@@ -185,7 +190,7 @@ def _derived_guard(here: Size, expression: Any, known: dict[Any, Size], names: S
     if len(expression.free_symbols) != 1:
         return None
     (symbol,) = unknown
-    polynomial = sympy.Poly(expression, symbol) if expression.is_polynomial(symbol) else None
+    polynomial = expression.as_poly(symbol) if expression.is_polynomial(symbol) else None
     if polynomial is None or polynomial.degree() != 1:
         return None
     factor, offset = (int(c) for c in polynomial.all_coeffs())
@@ -195,9 +200,9 @@ def _derived_guard(here: Size, expression: Any, known: dict[Any, Size], names: S
 
 def _from_sympy(expression: Any, known: Mapping[Any, Size]) -> Any:
     """A sympy size expression over ``known`` symbols as :class:`Size` (or int); None where it has another form."""
-    if isinstance(expression, sympy.Integer):
+    if _is_number(expression):
         return int(expression)
-    if isinstance(expression, sympy.Symbol):
+    if expression.is_Symbol:
         return known.get(expression)
     operators = {"Add": operator.add, "Mul": operator.mul, "FloorDiv": operator.floordiv}
     operators |= {"Mod": operator.mod, "PythonMod": operator.mod, "Pow": operator.pow}
