@@ -22,6 +22,7 @@ from ..reproduce.show import gains_table, line, table
 from ..reproduce.worker import Job, check
 from ..zoo.table import BadTableError
 from .errors import UsageError
+from .photos import DEFAULT_MEAN, DEFAULT_STD, Mean, Std, colours
 from .values import listed, one_of, shares
 
 DEFAULT_MODELS = (
@@ -35,7 +36,7 @@ DEFAULT_MODELS = (
 )
 SIDES = ("input", "output")
 
-_WHAT, _DATA, _RUN = "What is tried", "Weights and images", "How it runs"
+_WHAT, _DATA, _RUN = "What is tried", "Images", "How it runs"
 
 Models = Annotated[
     list[str],
@@ -72,8 +73,6 @@ Calibration = Annotated[
     int, typer.Option(min=1, help="Images for scores that need data; never evaluated on.", rich_help_panel=_DATA)
 ]
 Size = Annotated[int, typer.Option(min=1, help="Height and width, for models not of the table.", rich_help_panel=_DATA)]
-Mean = Annotated[str, typer.Option(metavar="R,G,B", help="The same: mean colour, 0 to 1.", rich_help_panel=_DATA)]
-Std = Annotated[str, typer.Option(metavar="R,G,B", help="The same: their deviation.", rich_help_panel=_DATA)]
 Seed = Annotated[int, typer.Option(help="Of the choice of images.", rich_help_panel=_DATA)]
 Workers = Annotated[
     int, typer.Option(min=0, help="Combinations at the same time; 0: as many as cores.", rich_help_panel=_RUN)
@@ -121,8 +120,8 @@ def reproduce(
     images: ImagesOption = "2000",
     calibration: Calibration = 256,
     size: Size = 224,
-    mean: Mean = "0.485,0.456,0.406",
-    std: Std = "0.229,0.224,0.225",
+    mean: Mean = DEFAULT_MEAN,
+    std: Std = DEFAULT_STD,
     seed: Seed = 0,
     out: Out = Path("results"),
     resume: Resume = True,
@@ -138,7 +137,7 @@ def reproduce(
         sorted({share for group in listed("--amounts", amounts, shares) for share in group}),
     )
     one_of_executors(executor)
-    view = (_colours("--mean", mean), _colours("--std", std), size)
+    view = (colours("--mean", mean), colours("--std", std), size)
     shown = (_images(images), calibration, seed)
     try:
         sources = [_source(name, weights, data, shown, view) for name in listed("--models", models, str)]
@@ -169,16 +168,6 @@ def _images(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) < 2:
         raise UsageError(f"--images: {text!r} must be all, or a whole number of at least 2")
     return int(text)
-
-
-def _colours(option: str, text: str) -> tuple[float, ...]:
-    try:
-        values = tuple(float(word) for word in text.split(","))
-    except ValueError:
-        values = ()
-    if len(values) != 3 or not all(0 <= value <= 1 for value in values) or (option == "--std" and 0 in values):
-        raise UsageError(f"{option}: {text!r} must be three numbers between 0 and 1, such as 0.485,0.456,0.406")
-    return values
 
 
 def _source(

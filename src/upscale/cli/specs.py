@@ -14,7 +14,7 @@ import upscale
 
 from ..bench.models import DEFAULT_SIZE, default_suites, resized, runs
 from ..errors import UpscaleError
-from ..reproduce.models import ModelError, load_weights
+from ..reproduce.models import KNOWN, ModelError, load_weights
 from ..zoo.inputs import InputsError, parse_inputs
 from ..zoo.subject import Subject
 from ..zoo.suite_file import find_builder
@@ -48,12 +48,10 @@ def find_subject(spec: str, inputs: str | None = None, weights: Path | None = No
     except (ModelError, SuiteError, InputsError) as error:
         raise UsageError(str(error)) from error
     subject.model.eval()
-    if given is None:
-        larger = resized(subject.inputs, DEFAULT_SIZE)
-        given = larger if subject.inputs and runs(subject, larger) else subject.inputs
-    if not given:
+    if given is not None:
+        subject.inputs = given
+    if not subject.inputs:
         raise UsageError(f"{spec}: say what it is called with, for instance --inputs 1x3x224x224")
-    subject.inputs = given
     try:
         subject.call(subject.model)
     except Exception as error:  # a model of the user's may raise anything
@@ -68,7 +66,7 @@ def _built(spec: str, seed: int) -> Subject:
     if not colon:
         return _bare(spec, seed)
     if kind in _SUITES:
-        return _of_suite(kind, load_suite(kind), name, seed)
+        return _enlarged(_of_suite(kind, load_suite(kind), name, seed))
     return _BUILDERS.get(kind, _own)(name if kind in _BUILDERS else spec, seed)
 
 
@@ -79,13 +77,24 @@ def _of_suite(kind: str, suite: Suite, name: str, seed: int) -> Subject:
     return suite.build(name, seed)
 
 
+def _enlarged(subject: Subject) -> Subject:
+    """Images of the usual size in place of the small ones of ``upscale zoo``, where the model takes them."""
+    subject.model.eval()
+    larger = resized(subject.inputs, DEFAULT_SIZE)
+    return Subject(subject.model, larger) if runs(subject, larger) else subject
+
+
 def _bare(name: str, seed: int) -> Subject:
-    known: list[str] = []
+    if name in KNOWN:
+        torch.manual_seed(seed)
+        size = KNOWN[name].view.size
+        return Subject(KNOWN[name].build(), parse_inputs(f"2x3x{size}x{size}", seed))
+    known: list[str] = list(KNOWN)
     for kind in default_suites():
         suite = load_suite(kind)
         names = [*suite.names(), *suite.others()]
         if name in names:
-            return suite.build(name, seed)
+            return _enlarged(suite.build(name, seed))
         known += names
     places = " and ".join(default_suites()) or "torchvision and timm, which are not installed"
     raise UsageError(f"no model {name!r} in {places}{_near(name, known)}")
@@ -104,7 +113,7 @@ def _own(spec: str, seed: int) -> Subject:
         raise UsageError(f"cannot build {spec}: {_first(error)}") from error
     if not isinstance(model, nn.Module):
         raise UsageError(f"{spec} returned {type(model).__name__}, not an nn.Module")
-    return Subject(model, (torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(seed)),))
+    return _enlarged(Subject(model, parse_inputs("2x3x64x64", seed)))
 
 
 def _from_folder(folder: str, seed: int) -> Subject:

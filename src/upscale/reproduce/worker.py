@@ -29,14 +29,13 @@ from ..program import Program
 from ..zoo.compare import relative_error
 from ..zoo.rows import TOLERANCE
 from ..zoo.worker import first_line
+from .evaluation import FROM_IMAGES, accuracy
 from .images import DataError, Images, View, load_dataset
 from .models import KNOWN, find_recipe, load_model
 from .rows import DENSE, Combination, Row, Source, blank
 
 __all__ = ["Job", "Subject", "check", "evaluate"]
 
-_PIXELS = 1 << 19  # of the images of one batch, and of those that ranks of feature maps are taken of
-_BATCH = 100  # images, at most
 _COMPARED = 8  # images on which the exported model is compared with the masked one
 _LESS = "evaluate on fewer, with --images"
 _ROUNDS, _SECONDS, _WARMUP = 60, 1.5, 3  # of timing
@@ -116,19 +115,11 @@ class Subject:
                 tensor.copy_(self.dense.state_dict()[name])
 
     def _heuristic(self, name: str) -> Heuristic:
-        if name not in _WITH_DATA:
+        if name not in FROM_IMAGES:
             return name
         if not len(self.calibration):
             raise DataError(f"{name} needs images that are not evaluated on: {_LESS}")
-        return _WITH_DATA[name](self.calibration)
-
-
-def _ranks(images: Images) -> Heuristic:
-    few = max(4, _PIXELS // images.view.size**2)
-    return upscale.HRank(_batches(images.first(few)))
-
-
-_WITH_DATA = {"hrank": _ranks, "activation": lambda images: upscale.ActivationMagnitude(_batches(images))}
+        return FROM_IMAGES[name](self.calibration)
 
 
 def _images(source: Source, data: str, view: View) -> tuple[Images, Images]:
@@ -151,25 +142,6 @@ def _check_outputs(model: nn.Module, images: Images) -> None:
         )
 
 
-def _size(images: Images) -> int:
-    return max(1, min(_BATCH, _PIXELS // images.view.size**2))
-
-
-def _batches(images: Images) -> list[Tensor]:
-    size = _size(images)
-    return [images.batch(range(at, min(at + size, len(images)))) for at in range(0, len(images), size)]
-
-
-def accuracy(model: nn.Module, images: Images) -> float:
-    """Top-1 in percent."""
-    size, right = _size(images), 0
-    with torch.inference_mode():
-        for at in range(0, len(images), size):
-            some = range(at, min(at + size, len(images)))
-            right += int((model(images.batch(some)).argmax(1) == images.labels[some.start : some.stop]).sum())
-    return 100 * right / len(images)
-
-
 @functools.lru_cache(maxsize=1)
 def _subject(source: Source) -> Subject:
     return Subject(source)
@@ -181,7 +153,7 @@ def check(source: Source, importances: Iterable[str] = ()) -> None:
     view = recipe.view if recipe else View(source.mean, source.std, source.size)  # type: ignore[arg-type]
     _, calibration = _images(source, recipe.data if recipe else "", view)
     for name in importances:
-        if name in _WITH_DATA and not len(calibration):
+        if name in FROM_IMAGES and not len(calibration):
             raise DataError(f"{name} needs images that are not evaluated on, and {source.data} has no others: {_LESS}")
 
 
