@@ -152,7 +152,8 @@ class MaskingManager:
         names = sorted({name for group in self._groups for name in group.members})
         layers = {name: self._layers[name] for name in names}
         norms = {name: tuple(self._norms[norm] for norm in self._norms_after(name)) for name in names}
-        subject = Subject(self._model, self._side, layers, norms, self._example)
+        tied = tuple(self._groups) if self._method == "constrained" else ()
+        subject = Subject(self._model, self._side, layers, norms, self._example, tied)
         self._scores = channel_scores(heuristic, subject)
         self._rescaled = not getattr(find_importance(heuristic), "compares_layers", False)
         return self

@@ -13,6 +13,7 @@ from ..errors import InputError, NonFiniteError
 from ..large import all_finite
 from .norms import BatchNormScale
 from .subject import Importance, Subject
+from .torch_pruning import FromTorchPruning, is_from_torch_pruning
 from .weights import FPGM, L1, L2, LAMP, Random
 
 __all__ = ["NAMES", "Heuristic", "channel_scores", "find_importance"]
@@ -81,11 +82,14 @@ def find_importance(heuristic: Heuristic) -> Importance:
     """
     if isinstance(heuristic, str):
         return _named(heuristic)
-    if isinstance(heuristic, type) and hasattr(heuristic, "scores"):
+    from_torch_pruning = is_from_torch_pruning(heuristic)
+    if isinstance(heuristic, type) and (from_torch_pruning or hasattr(heuristic, "scores")):
         try:
-            return heuristic()
+            heuristic = heuristic()
         except TypeError as error:
             raise InputError(f"heuristic {heuristic.__name__} needs arguments: give an object of it") from error
+    if from_torch_pruning:
+        return FromTorchPruning(heuristic)
     if isinstance(heuristic, Importance):
         return heuristic
     if callable(heuristic):
