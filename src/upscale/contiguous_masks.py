@@ -13,7 +13,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from .capture import capture
-from .contiguous import Arrangement, Piece, Reader, Space, agreed, arrange, free
+from .contiguous import Arrangement, Piece, Reader, Space, agreed, arrange, free, narrowed
 from .flow import analyse_flow
 from .ranking import Group
 from .readers import ReaderView, Reading, SpaceView, find_spaces
@@ -60,8 +60,13 @@ def groups_of(reading: Reading) -> list[Group]:
     return [Group({r.layer: _places(r)}, len(_places(r))) for space in reading.spaces for r in space.readers]
 
 
-def choose(reading: Reading, scores: Sequence[Tensor], masked: Sequence[int]) -> ContiguousMasks:
-    """The masks. ``scores``: float64, one a channel of each group; ``masked``: how many channels each group loses."""
+def choose(
+    reading: Reading, scores: Sequence[Tensor], masked: Sequence[int], earlier: Sequence[LaidOut] = ()
+) -> ContiguousMasks:
+    """The masks. ``scores``: float64, one a channel of each group; ``masked``: how many channels each group loses.
+
+    ``earlier``: the answer of a step before, in which no group lost more; what it masks stays masked.
+    """
     picked: list[list[int]] = []
     rows, laid_out = [], []
     given = iter(zip(scores, masked, strict=True))
@@ -71,7 +76,7 @@ def choose(reading: Reading, scores: Sequence[Tensor], masked: Sequence[int]) ->
     ):
         mine = [next(given) for _ in view.readers]
         space = _space(view, mine)
-        arrangement = arrange(space)
+        arrangement = narrowed(space, earlier[len(laid_out)].arrangement) if earlier else arrange(space)
         laid_out.append(LaidOut(view, space, arrangement))
         rows.append(_row(view, space, arrangement))
         picked += [_masked(view, arrangement, space, number) for number in range(len(view.readers))]

@@ -122,6 +122,7 @@ class MaskingManager:
         self.masked: dict[str, Tensor] = {}
         self.retained: Retained | None = None
         self.laid_out: tuple[LaidOut, ...] = ()
+        self._earlier: tuple[LaidOut, ...] = ()  # of the last step, while masks are chosen in several
         self._scores: dict[str, Tensor] | None = None
         self._rescaled = True
         self._example, self._seen = self._look(example_inputs)
@@ -198,8 +199,6 @@ class MaskingManager:
                 ``torch.export`` cannot capture the model. The model is unchanged in every case.
         """
         request = checked_request(amount, flops, params, latency, steps, schedule)
-        if steps > 1 and self._reading is not None:
-            raise InputError("contiguous masks are chosen in one step: leave out steps=")
         ignored = ignored_layers(ignore, self._model, self._layers)
         if not self._groups:
             raise NothingToPruneError(self._explain_empty())
@@ -259,12 +258,14 @@ class MaskingManager:
             request, self._groups, parts, self._is_global, self._rescaled, self._arranged, self._picked_zeros, costs
         )
         picked: list[list[int]] = [[] for _ in self._groups]
+        self._earlier = ()
         if self._scores is None:
             self.importance()
         for part in request.parts():
             if any(picked):
                 write(self._picked_zeros(picked))
                 self._score_again()
+                self._earlier = self.laid_out
             assert self._scores is not None
             scores = [group_scores(group, self._scores) for group in self._groups]
             picked = chooser.pick(scores, part, picked)
@@ -276,7 +277,7 @@ class MaskingManager:
             return picked
         from .contiguous_masks import choose
 
-        chosen = choose(self._reading, scores, [len(channels) for channels in picked])
+        chosen = choose(self._reading, scores, [len(channels) for channels in picked], self._earlier)
         self.retained, self.laid_out = chosen.retained, chosen.laid_out
         return chosen.picked
 
