@@ -68,7 +68,8 @@ def choose(
     ``earlier``: the answer of a step before, in which no group lost more; what it masks stays masked.
     """
     picked: list[list[int]] = []
-    rows, laid_out = [], []
+    rows: list[SpaceRetained] = []
+    laid_out: list[LaidOut] = []
     given = iter(zip(scores, masked, strict=True))
     console = Console(stderr=True)
     for view in track(

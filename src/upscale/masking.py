@@ -144,7 +144,8 @@ class MaskingManager:
 
         ``heuristic``: a name (``"l1"``, ``"l2"``, ``"lamp"``, ``"fpgm"``, ``"bn_scale"``, ``"random"``, in any
         case); an object of :mod:`upscale.importance`, such as ``upscale.HRank(batches)`` for the scores that
-        need data; or a function from a layer's weight (detached) to either one score an element, in the weight's
+        need data; an importance of Torch-Pruning, such as ``torch_pruning.importance.TaylorImportance()``; or a
+        function from a layer's weight (detached) to either one score an element, in the weight's
         shape, which are summed over each channel, or one score a channel of the chosen side. Raises
         ``InputError`` for anything else, for data that the model does not accept or that leaves a layer without
         a score, and for scores of the wrong shape; ``NonFiniteError`` where a weight, the data or a score is NaN

@@ -60,7 +60,7 @@ def narrowed(space: Space, earlier: Arrangement) -> Arrangement:
 
     Exact: of each reader the windows that retain most. What the earlier arrangement masks stays masked.
     """
-    kept = []
+    kept: list[list[tuple[int, np.ndarray]]] = []
     for number, reader in enumerate(space.readers):
         inside = earlier.kept(space, number)
         scores = [piece.scores[channels] for piece, channels in zip(reader.pieces, inside, strict=True)]

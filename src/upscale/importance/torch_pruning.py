@@ -116,7 +116,7 @@ def _group_of(name: str, layer: nn.Module, side: Side, norms: tuple[nn.Module, .
     }
     if not isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)):
         return None
-    parts = [(layer, kinds[side, isinstance(layer, nn.Linear)])]
+    parts: list[tuple[nn.Module, Any]] = [(layer, kinds[side, isinstance(layer, nn.Linear)])]
     if side == "output":
         parts += [(norm, function.prune_batchnorm_out_channels) for norm in norms]
     group = dependency.Group()
