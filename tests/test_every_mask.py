@@ -24,7 +24,7 @@ from support.oracle import check_equal, leaves, parameter_count, varies
 from upscale.importance import L2, ActivationMagnitude, BatchNormScale, HRank, Random, Taylor
 
 STEADY = settings(
-    max_examples=int(os.environ.get("UPSCALE_EXAMPLES", "8")),
+    max_examples=int(os.environ.get("UPSCALE_EXAMPLES", "7")),
     deadline=None,
     derandomize="UPSCALE_RANDOM" not in os.environ,
     database=None,
