@@ -386,11 +386,6 @@ def test_an_error_between_steps_puts_everything_back(call: dict[str, float]) -> 
     assert fingerprint(model) == before and not manager.masked
 
 
-def test_contiguous_masks_take_one_step() -> None:
-    with pytest.raises(InputError, match="one step"):
-        MaskingManager(network(Residual), method="contiguous", example_inputs=IMAGE).mask(0.5, steps=2)
-
-
 # -- waiting ----------------------------------------------------------------------------------------------------------
 
 

@@ -51,7 +51,7 @@ def test_scores_of_weights_by_hand() -> None:
     # Squares 25, 0, 1, 1: 25/25, 0/27, and twice 1/27, since each is at least as large as the other.
     torch.testing.assert_close(LAMP().of(rows), torch.tensor([1, 0, 1 / 27, 1 / 27], dtype=torch.float64))
     line = torch.tensor([[0.0], [1.0], [3.0], [10.0]])  # distances 1+3+10, 1+2+9, 3+2+7, 10+9+7
-    torch.testing.assert_close(FPGM().of(line), torch.tensor([14.0, 12.0, 12.0, 26.0]))
+    assert FPGM().of(line).tolist() == [14, 12, 12, 26]
 
 
 def test_lamp_of_zeros_is_zero() -> None:
@@ -71,6 +71,26 @@ def test_fpgm_in_blocks_far_from_zero_and_for_twins(monkeypatch: pytest.MonkeyPa
     rows[7] = rows[3]
     exact = torch.tensor(loops("fpgm", list(rows.double().numpy())), dtype=torch.float64)
     torch.testing.assert_close(FPGM().of(rows).double(), exact, rtol=1e-4, atol=0)
+
+
+def test_fpgm_of_near_twins_in_distant_clusters() -> None:
+    """The distances within a cluster are a ten-thousandth of those between: single precision would lose their order."""
+    torch.manual_seed(0)
+    rows = torch.cat([1e-3 * torch.randn(20, 64), 50 + 1e-3 * torch.randn(20, 64)])
+    exact = torch.tensor(loops("fpgm", list(rows.double().numpy())), dtype=torch.float64)
+    scores = FPGM().of(rows)
+    assert scores.argsort().tolist() == exact.argsort().tolist()
+    torch.testing.assert_close(scores, exact, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fpgm_of_large_layers_in_the_precision_of_the_weights(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr("upscale.importance.weights._CHEAP", 0)
+    rows = torch.randn(300, 40).to(dtype)
+    exact = torch.cdist(rows.double(), rows.double(), compute_mode="donot_use_mm_for_euclid_dist").sum(dim=1)
+    torch.testing.assert_close(FPGM().of(rows), exact, rtol=1e-5, atol=0)
 
 
 def test_fpgm_counts_no_distance_to_itself() -> None:
@@ -148,6 +168,41 @@ def test_bn_scale_of_a_preactivation_block_is_that_of_the_readers_own_norm() -> 
     assert scores is not None
     assert scores["one"].tolist() == model.n1.weight.abs().tolist()
     assert scores["two"].tolist() == model.n2.weight.abs().tolist()
+
+
+@pytest.mark.parametrize("length", [4, 6])
+def test_bn_scale_is_not_that_of_another_dimension(length: int) -> None:
+    """A layer that mixes pixels of channels reads no channel's scale, whether or not there are as many of both."""
+
+    class Mixer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.norm = nn.Conv1d(3, 4, 1), nn.BatchNorm1d(4)
+            self.mix, self.head = nn.Linear(length, 5), nn.Linear(20, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.mix(self.norm(self.stem(x)).relu()).relu().flatten(1))
+
+    model, x = dense(Mixer()), torch.rand(2, 3, length, dtype=torch.float64)
+    scores = MaskingManager(model, example_inputs=x).importance(BatchNormScale(otherwise=L2()))._scores
+    assert scores is not None
+    torch.testing.assert_close(scores["mix"], model.mix.weight.detach().norm(dim=0))
+
+
+def test_bn_scale_says_which_layers_to_leave_alone() -> None:
+    model = dense(Joined())
+    for side in ("input", "output"):
+        with pytest.raises(InputError, match="ignore=") as caught:
+            upscale.mask(model, image(), importance="bn_scale", side=side)
+        names = eval(str(caught.value).split("ignore=")[1].split(", given")[0])
+        assert names == (["head"] if side == "input" else ["flat"])
+        masked = upscale.mask(model, image(), importance="bn_scale", side=side, ignore=names)
+        assert all(
+            map(torch.equal, masked.get_submodule(names[0]).parameters(), model.get_submodule(names[0]).parameters())
+        )
+    plain = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)).double().eval()
+    with pytest.raises(InputError, match="nor of any other layer.*choose another importance"):
+        upscale.mask(plain, image(), importance="bn_scale")
 
 
 # -- whole runs -------------------------------------------------------------------------------------------------------

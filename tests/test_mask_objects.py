@@ -16,7 +16,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 import upscale
 from support.oracle import check_equal, fingerprint, randomise
-from upscale import InputError, MaskingManager, UnsupportedModelError
+from upscale import InputError, MaskingManager, NonFiniteError, UnsupportedModelError
 
 IMAGE = torch.rand(4, 3, 8, 8, dtype=torch.float64)
 
@@ -351,5 +351,40 @@ def test_the_documented_examples_run() -> None:
         exec(compile(code, "docs/masking.md", "exec"), names)
     check_equal(names["masked"].double(), names["smaller"].double(), names["x"].double())
     check_equal(names["model"].double(), names["small"].double(), names["x"].double())
+    check_equal(names["other"].double(), names["ours"].double(), names["x"].double())
     left = sum(p.numel() for p in names["smaller"].parameters()) / sum(p.numel() for p in names["model"].parameters())
     assert left == pytest.approx(0.3, rel=0.01)
+
+
+# -- bad scores through every face ------------------------------------------------------------------------------------
+
+
+def fails(weight: Tensor) -> Tensor:
+    raise ZeroDivisionError("my own trouble")
+
+
+@pytest.mark.parametrize(
+    ("score", "kind", "message"),
+    [
+        (lambda w: w.abs() * torch.nan, NonFiniteError, "NaN"),
+        (lambda w: w.abs() + torch.inf, NonFiniteError, "infinite"),
+        (lambda w: w.to(torch.complex128), InputError, "complex"),
+        (lambda w: torch.ones(w.shape[1], dtype=torch.complex64), InputError, "complex"),
+        (lambda w: torch.ones(w.shape[1] + 1), InputError, r"not one of shape \(\d+,\)"),
+        (lambda w: w.abs().sum().item(), InputError, "not float"),
+        (fails, InputError, "the heuristic failed on a weight of shape .*my own trouble"),
+    ],
+)
+def test_scores_without_an_order_are_refused_by_layer(
+    model: Net, score: Any, kind: type[Exception], message: str
+) -> None:
+    before = fingerprint(model)
+    calls = [
+        lambda: MaskingManager(model, example_inputs=IMAGE).importance(score),
+        lambda: upscale.mask(model, IMAGE, importance=score),
+        lambda: upscale.prune(model, IMAGE, importance=score),
+    ]
+    for call in calls:
+        with pytest.raises(kind, match=f"^(one|two|head): .*{message}"):
+            call()
+    assert fingerprint(model) == before

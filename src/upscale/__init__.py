@@ -1,7 +1,7 @@
 """upscale: a channel-level compiler for PyTorch. Mask channels with anything, export a smaller model that computes
 the same. See :func:`export` and the paper's two classes, :class:`MaskingManager` and :class:`PruningManager`."""
 
-from . import importance, regularize
+from . import importance, interop, regularize
 from .errors import (
     CaptureError,
     ConstantOutputError,
@@ -49,6 +49,7 @@ __all__ = [
     "export",
     "importance",
     "inspect",
+    "interop",
     "load_masks",
     "mask",
     "prune",

@@ -13,7 +13,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from .capture import capture
-from .contiguous import Arrangement, Piece, Reader, Space, agreed, arrange, free
+from .contiguous import Arrangement, Piece, Reader, Space, agreed, arrange, free, narrowed
 from .flow import analyse_flow
 from .ranking import Group
 from .readers import ReaderView, Reading, SpaceView, find_spaces
@@ -60,10 +60,16 @@ def groups_of(reading: Reading) -> list[Group]:
     return [Group({r.layer: _places(r)}, len(_places(r))) for space in reading.spaces for r in space.readers]
 
 
-def choose(reading: Reading, scores: Sequence[Tensor], masked: Sequence[int]) -> ContiguousMasks:
-    """The masks. ``scores``: float64, one a channel of each group; ``masked``: how many channels each group loses."""
+def choose(
+    reading: Reading, scores: Sequence[Tensor], masked: Sequence[int], earlier: Sequence[LaidOut] = ()
+) -> ContiguousMasks:
+    """The masks. ``scores``: float64, one a channel of each group; ``masked``: how many channels each group loses.
+
+    ``earlier``: the answer of a step before, in which no group lost more; what it masks stays masked.
+    """
     picked: list[list[int]] = []
-    rows, laid_out = [], []
+    rows: list[SpaceRetained] = []
+    laid_out: list[LaidOut] = []
     given = iter(zip(scores, masked, strict=True))
     console = Console(stderr=True)
     for view in track(
@@ -71,7 +77,7 @@ def choose(reading: Reading, scores: Sequence[Tensor], masked: Sequence[int]) ->
     ):
         mine = [next(given) for _ in view.readers]
         space = _space(view, mine)
-        arrangement = arrange(space)
+        arrangement = narrowed(space, earlier[len(laid_out)].arrangement) if earlier else arrange(space)
         laid_out.append(LaidOut(view, space, arrangement))
         rows.append(_row(view, space, arrangement))
         picked += [_masked(view, arrangement, space, number) for number in range(len(view.readers))]

@@ -123,6 +123,7 @@ class MaskingManager:
         self.masked: dict[str, Tensor] = {}
         self.retained: Retained | None = None
         self.laid_out: tuple[LaidOut, ...] = ()
+        self._earlier: tuple[LaidOut, ...] = ()  # of the last step, while masks are chosen in several
         self._scores: dict[str, Tensor] | None = None
         self._rescaled = True
         self._example, self._seen = self._look(example_inputs)
@@ -144,7 +145,8 @@ class MaskingManager:
 
         ``heuristic``: a name (``"l1"``, ``"l2"``, ``"lamp"``, ``"fpgm"``, ``"bn_scale"``, ``"random"``, in any
         case); an object of :mod:`upscale.importance`, such as ``upscale.HRank(batches)`` for the scores that
-        need data; or a function from a layer's weight (detached) to either one score an element, in the weight's
+        need data; an importance of Torch-Pruning, such as ``torch_pruning.importance.TaylorImportance()``; or a
+        function from a layer's weight (detached) to either one score an element, in the weight's
         shape, which are summed over each channel, or one score a channel of the chosen side. Raises
         ``InputError`` for anything else, for data that the model does not accept or that leaves a layer without
         a score, and for scores of the wrong shape; ``NonFiniteError`` where a weight, the data or a score is NaN
@@ -153,7 +155,8 @@ class MaskingManager:
         names = sorted({name for group in self._groups for name in group.members})
         layers = {name: self._layers[name] for name in names}
         norms = {name: tuple(self._norms[norm] for norm in self._norms_after(name)) for name in names}
-        subject = Subject(self._model, self._side, layers, norms, self._example)
+        tied = tuple(self._groups) if self._method == "constrained" else ()
+        subject = Subject(self._model, self._side, layers, norms, self._example, tied)
         self._scores = channel_scores(heuristic, subject)
         self._rescaled = not getattr(find_importance(heuristic), "compares_layers", False)
         return self
@@ -198,8 +201,6 @@ class MaskingManager:
                 ``torch.export`` cannot capture the model. The model is unchanged in every case.
         """
         request = checked_request(amount, flops, params, latency, steps, schedule)
-        if steps > 1 and self._reading is not None:
-            raise InputError("contiguous masks are chosen in one step: leave out steps=")
         ignored = ignored_layers(ignore, self._model, self._layers)
         if not self._groups:
             raise NothingToPruneError(self._explain_empty())
@@ -271,12 +272,14 @@ class MaskingManager:
             request, self._groups, parts, self._is_global, self._rescaled, self._arranged, self._picked_zeros, costs
         )
         picked: list[list[int]] = [[] for _ in self._groups]
+        self._earlier = ()
         if self._scores is None:
             self.importance()
         for part in request.parts():
             if any(picked):
                 write(self._picked_zeros(picked))
                 self._score_again()
+                self._earlier = self.laid_out
             assert self._scores is not None
             scores = [group_scores(group, self._scores) for group in self._groups]
             picked = chooser.pick(scores, part, picked)
@@ -288,7 +291,7 @@ class MaskingManager:
             return picked
         from .contiguous_masks import choose
 
-        chosen = choose(self._reading, scores, [len(channels) for channels in picked])
+        chosen = choose(self._reading, scores, [len(channels) for channels in picked], self._earlier)
         self.retained, self.laid_out = chosen.retained, chosen.laid_out
         return chosen.picked
 

@@ -14,6 +14,7 @@ from .channels import Side
 from .errors import UnsupportedModelError
 from .exporting import export
 from .importance import Heuristic
+from .importance.torch_pruning import is_from_torch_pruning
 from .mask_arguments import Call, checked_model
 from .mask_groups import find_layers
 from .masking import MaskingManager, Method
@@ -57,12 +58,13 @@ def mask(
     """
     original = checked_model(model)
     names = sorted(ignored_layers(ignore, original, find_layers(original)))
-    copied = _copy(original)
+    copied, heuristic = _copy(original, importance)
     example = Call(tuple(args) if isinstance(args, (tuple, list)) else (args,), dict(kwargs or {}))
-    manager = MaskingManager(copied, side, method, is_global, example, names).importance(importance)
+    manager = MaskingManager(copied, side, method, is_global, example, names).importance(heuristic)
     manager.mask(
         amount, flops=flops, params=params, latency=latency, steps=steps, schedule=schedule, permanent=permanent
     )
+    copied.zero_grad()
     return copied
 
 
@@ -98,12 +100,20 @@ def prune(
     return pruned
 
 
-def _copy(model: nn.Module) -> nn.Module:
+def _copy(model: nn.Module, importance: Heuristic) -> tuple[nn.Module, Heuristic]:
+    """A copy of the model, and the importance for it: what Torch-Pruning's know is by the parameters' identity."""
+    memo: dict[int, Any] = {}
     try:
-        return copy.deepcopy(model)
+        copied = copy.deepcopy(model, memo)
+        if is_from_torch_pruning(importance):
+            importance = copy.deepcopy(importance, memo)
     except Exception as error:
         raise UnsupportedModelError(
             f"{type(model).__name__} cannot be copied ({error}). Build a second one and load its weights, or mask the "
             "model itself: upscale.MaskingManager(model, example_inputs=...).importance().mask(...), then "
             "upscale.export(model, args)"
         ) from error
+    if is_from_torch_pruning(importance):
+        for parameter, twin in zip(model.parameters(), copied.parameters(), strict=True):
+            twin.grad = None if parameter.grad is None else parameter.grad.clone()
+    return copied, importance

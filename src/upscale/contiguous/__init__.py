@@ -5,6 +5,6 @@ Numpy only: no network is needed to use or to test what is here.
 """
 
 from .model import Arrangement, Chain, Piece, Reader, Space
-from .space import agreed, arrange, free
+from .space import agreed, arrange, free, narrowed
 
-__all__ = ["Arrangement", "Chain", "Piece", "Reader", "Space", "agreed", "arrange", "free"]
+__all__ = ["Arrangement", "Chain", "Piece", "Reader", "Space", "agreed", "arrange", "free", "narrowed"]

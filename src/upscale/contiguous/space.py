@@ -11,7 +11,7 @@ from .agreed import Agreed
 from .chain import ChainProblem, ChainState, search, settled, stacked, valued, window_sums
 from .model import Arrangement, Reader, Space
 
-__all__ = ["agreed", "arrange", "free"]
+__all__ = ["agreed", "arrange", "free", "narrowed"]
 
 _WORK = 400_000  # channels times readers times climbs: some seconds at most
 _MOST_ROUNDS = 4  # of sharing out anew and searching again
@@ -55,6 +55,24 @@ def free(space: Space) -> np.ndarray:
     return np.array(retained)
 
 
+def narrowed(space: Space, earlier: Arrangement) -> Arrangement:
+    """In the order of an earlier arrangement of the same readers, which kept more, the best intervals inside theirs.
+
+    Exact: of each reader the windows that retain most. What the earlier arrangement masks stays masked.
+    """
+    kept: list[list[tuple[int, np.ndarray]]] = []
+    for number, reader in enumerate(space.readers):
+        inside = earlier.kept(space, number)
+        scores = [piece.scores[channels] for piece, channels in zip(reader.pieces, inside, strict=True)]
+        kept.append([])
+        for piece, channels, worth, size in zip(
+            reader.pieces, inside, scores, _shared_out(scores, reader.keep), strict=True
+        ):
+            start = int(window_sums(worth, size).argmax()) if size else 0
+            kept[-1].append((piece.chain, channels[start : start + size]))
+    return _stored(space, earlier.orders, kept)
+
+
 def _improved(space: Space, state: _State) -> _State:
     """Search every chain, share out anew, and so on until nothing is gained."""
     coupled = any(len(reader.pieces) > 1 for reader in space.readers)
@@ -68,7 +86,7 @@ def _improved(space: Space, state: _State) -> _State:
         )
         state = _State(state.sizes, chains)
         if coupled:
-            state = _resized(space, state, tuple(_shared_out(r, state.chains) for r in space.readers))
+            state = _resized(space, state, tuple(_sizes(r, state.chains) for r in space.readers))
         if state.value - before <= _LEAST_GAIN * (bound - before):
             break
     return state
@@ -85,7 +103,7 @@ def _elastic(space: Space, state: _State) -> _State:
         priced = np.where(problem.sees, problem.scores - prices[:, None], 0.0)
         elastic = replace(problem, scores=priced, elastic=True)
         found.append(search(elastic, settled(elastic, chain.order, chain.dead), _WORK * priced.size // max(1, load)))
-    shares = tuple(_shared_out(reader, found) for reader in space.readers)
+    shares = tuple(_sizes(reader, found) for reader in space.readers)
     return _resized(space, _State(sizes, tuple(found)), shares)
 
 
@@ -150,17 +168,23 @@ def _seen(chain: int, sees: np.ndarray, state: _State) -> np.ndarray:
     return order[sees[order]]
 
 
-def _shared_out(reader: Reader, chains: Sequence[ChainState]) -> tuple[int, ...]:
-    """How much to keep of each piece, given the orders: exact, by dynamic programming over the pieces."""
-    if len(reader.pieces) == 1:
-        return (reader.keep,)
+def _sizes(reader: Reader, chains: Sequence[ChainState]) -> tuple[int, ...]:
+    """How much to keep of each piece, given the orders."""
+    orders = [chains[piece.chain].order for piece in reader.pieces]
+    return _shared_out(
+        [p.scores[order[p.sees[order]]] for p, order in zip(reader.pieces, orders, strict=True)], reader.keep
+    )
+
+
+def _shared_out(pieces: Sequence[np.ndarray], keep: int) -> tuple[int, ...]:
+    """How much to keep of each piece, whose scores are given in order: exact, by dynamic programming over them."""
+    if len(pieces) == 1:
+        return (keep,)
     best = np.array([0.0])  # [k]: the most that k channels of the pieces so far retain
     choices = []
-    for piece in reader.pieces:
-        order = chains[piece.chain].order
-        scores = piece.scores[order[piece.sees[order]]]
-        worth = [float(window_sums(scores, k).max()) for k in range(min(len(scores), reader.keep) + 1)]
-        total = np.full(min(len(best) + len(worth) - 1, reader.keep + 1), -np.inf)
+    for scores in pieces:
+        worth = [float(window_sums(scores, k).max()) for k in range(min(len(scores), keep) + 1)]
+        total = np.full(min(len(best) + len(worth) - 1, keep + 1), -np.inf)
         choice = np.zeros(len(total), dtype=np.int64)
         for k, value in enumerate(worth):
             reach = best[: len(total) - k] + value
@@ -169,7 +193,7 @@ def _shared_out(reader: Reader, chains: Sequence[ChainState]) -> tuple[int, ...]
             choice[k : k + len(reach)][better] = k
         best = total
         choices.append(choice)
-    left, shares = reader.keep, []
+    left, shares = keep, []
     for choice in reversed(choices):
         shares.append(int(choice[left]))
         left -= shares[-1]
@@ -180,8 +204,6 @@ def _shared_out(reader: Reader, chains: Sequence[ChainState]) -> tuple[int, ...]
 
 
 def _arrangement(space: Space, state: _State) -> Arrangement:
-    """Only what somebody keeps, or is pinned, is stored."""
-    needed = [chain.pinned.copy() for chain in space.chains]
     counters = [0] * len(space.chains)
     kept: list[list[tuple[int, np.ndarray]]] = []
     for reader, sizes in zip(space.readers, state.sizes, strict=True):
@@ -189,10 +211,19 @@ def _arrangement(space: Space, state: _State) -> Arrangement:
         for piece, size in zip(reader.pieces, sizes, strict=True):
             start = int(state.chains[piece.chain].starts[counters[piece.chain]])
             counters[piece.chain] += 1
-            channels = _seen(piece.chain, piece.sees, state)[start : start + size]
-            needed[piece.chain][channels] = True
-            kept[-1].append((piece.chain, channels))
-    orders = tuple(chain.order[flags[chain.order]] for chain, flags in zip(state.chains, needed, strict=True))
+            kept[-1].append((piece.chain, _seen(piece.chain, piece.sees, state)[start : start + size]))
+    return _stored(space, [chain.order for chain in state.chains], kept)
+
+
+def _stored(
+    space: Space, orders: Sequence[np.ndarray], kept: Sequence[Sequence[tuple[int, np.ndarray]]]
+) -> Arrangement:
+    """What every reader keeps, (chain, channels) of each piece, as intervals. Only what somebody keeps, or is pinned,
+    is stored."""
+    needed = [chain.pinned.copy() for chain in space.chains]
+    for chain, channels in (part for mine in kept for part in mine):
+        needed[chain][channels] = True
+    orders = tuple(order[flags[order]] for order, flags in zip(orders, needed, strict=True))
     intervals = []
     for reader, mine in zip(space.readers, kept, strict=True):
         found = []

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from ..channels import Side, channel_count, per_channel
-from ..errors import InputError, NonFiniteError
+from ..errors import InputError, NonFiniteError, UpscaleError
 from ..large import all_finite
 from .norms import BatchNormScale
 from .subject import Importance, Subject
+from .torch_pruning import FromTorchPruning, is_from_torch_pruning
 from .weights import FPGM, L1, L2, LAMP, Random
 
 __all__ = ["NAMES", "Heuristic", "channel_scores", "find_importance"]
@@ -33,6 +34,7 @@ _WITH_DATA = {
     "taylor": "upscale.Taylor(batches, loss)",
     "activationmagnitude": "upscale.ActivationMagnitude(batches)",
 }
+_COMPLEX = "the scores are complex numbers, which have no order"
 
 
 class _Called:
@@ -47,7 +49,16 @@ class _Called:
     def _of(self, name: str, layer: nn.Module, side: Side) -> Tensor:
         weight, channels = layer.weight, channel_count(layer, side)
         assert isinstance(weight, Tensor)
-        scores = self._function(weight.detach().clone())  # a copy: it may be written to
+        try:
+            scores = self._function(weight.detach().clone())  # a copy: it may be written to
+        except UpscaleError:
+            raise
+        except Exception as error:
+            raise InputError(
+                f"{name}: the heuristic failed on a weight of shape {tuple(weight.shape)}: {error!r}"
+            ) from error
+        if isinstance(scores, Tensor) and scores.is_complex():
+            raise InputError(f"{name}: {_COMPLEX}")
         if isinstance(scores, Tensor) and scores.shape == weight.shape:
             return per_channel(layer, side, scores.detach().double())
         if isinstance(scores, Tensor) and scores.shape == (channels,):
@@ -81,16 +92,23 @@ def find_importance(heuristic: Heuristic) -> Importance:
     """
     if isinstance(heuristic, str):
         return _named(heuristic)
-    if isinstance(heuristic, type) and hasattr(heuristic, "scores"):
-        try:
-            return heuristic()
-        except TypeError as error:
-            raise InputError(f"heuristic {heuristic.__name__} needs arguments: give an object of it") from error
+    from_torch_pruning = is_from_torch_pruning(heuristic)
+    if isinstance(heuristic, type) and (from_torch_pruning or hasattr(heuristic, "scores")):
+        heuristic = _made(heuristic)
+    if from_torch_pruning:
+        return FromTorchPruning(heuristic)
     if isinstance(heuristic, Importance):
         return heuristic
     if callable(heuristic):
         return _Called(heuristic)
     raise InputError(f"{_wanted()}, not {heuristic!r}")
+
+
+def _made(kind: type) -> Any:
+    try:
+        return kind()
+    except TypeError as error:
+        raise InputError(f"heuristic {kind.__name__} needs arguments: give an object of it") from error
 
 
 def _named(name: str) -> Importance:
@@ -104,7 +122,10 @@ def _named(name: str) -> Importance:
 
 def _wanted() -> str:
     names = ", ".join(map(repr, NAMES))
-    return f"heuristic must be one of {names}, an object of upscale.importance, or a function of a weight"
+    return (
+        f"heuristic must be one of {names}, an object of upscale.importance, an importance of Torch-Pruning, or a "
+        "function of a weight"
+    )
 
 
 def _checked(name: str, layer: nn.Module, side: Side, scores: Any) -> Tensor:
@@ -112,7 +133,7 @@ def _checked(name: str, layer: nn.Module, side: Side, scores: Any) -> Tensor:
     if not isinstance(scores, Tensor) or scores.shape != (channels,):
         raise InputError(f"{name}: the scores must be a tensor of shape ({channels},), not {_told(scores)}")
     if scores.is_complex():
-        raise InputError(f"{name}: the scores are complex numbers, which have no order")
+        raise InputError(f"{name}: {_COMPLEX}")
     scores = scores.detach().cpu().double()
     if not bool(torch.isfinite(scores).all()):
         raise NonFiniteError(f"{name}: the heuristic gave NaN or infinite scores")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..channels import channel_count
+from ..channels import Side, channel_count
 from ..errors import InputError
-from .subject import Importance, Subject, listed
+from .subject import Importance, Subject, listed, without_score
 
 __all__ = ["BatchNormScale"]
 
@@ -43,12 +45,19 @@ class BatchNormScale:
         if not without:
             return found
         if self._otherwise is None:
-            raise InputError(
-                f"no batch norm scales the channels of {listed(without)} on the {subject.side} side: say how to score "
-                "them, for instance with BatchNormScale(otherwise=L2())"
-            )
-        rest = Subject(subject.model, subject.side, without, subject.norms, subject.example)
+            raise InputError(_advice(subject.side, list(without), all_of_them=not found))
+        rest = replace(subject, layers=without, tied=())
         return {**found, **self._otherwise.scores(rest)}
+
+
+def _advice(side: Side, names: list[str], all_of_them: bool) -> str:
+    problem = f"no batch norm scales the channels of {listed(names)} on the {side} side"
+    if all_of_them:
+        return f"{problem}, nor of any other layer that can be masked: choose another importance, such as 'l2'"
+    return (
+        f"{problem}: say how to score them, for instance with upscale.importance.BatchNormScale(otherwise="
+        f"upscale.importance.L2()), or leave them alone with {without_score(names)}, given to MaskingManager"
+    )
 
 
 def _of_writers(subject: Subject) -> dict[str, Tensor]:

@@ -67,7 +67,7 @@ class _Pass:
         """What the operand's channels carry, in the order in which the link pairs them."""
         positions = link.positions if link.positions.ndim == 2 else link.positions[:, None]
         carried = self._carried.get(link.operand)
-        if carried is None or not len(carried.scale):
+        if link.anchored or carried is None or not len(carried.scale):  # anchored: read along another dimension
             return Scales(np.zeros(len(positions)), np.zeros(len(positions), dtype=bool))
         there = positions >= 0
         scale, known = carried.scale[positions] * there, carried.known[positions] & there

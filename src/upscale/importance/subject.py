@@ -10,9 +10,10 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from ..channels import Side, channel_rows
+from ..ranking import Group
 from .progress import progress_bar
 
-__all__ = ["ByWeight", "Importance", "Subject", "listed"]
+__all__ = ["ByWeight", "Importance", "Subject", "listed", "without_score"]
 
 _MOST_LISTED = 5
 
@@ -33,6 +34,9 @@ class Subject:
         For each of these layers the batch norms that read its result with nothing in between.
     example:
         What the model can be called with, (positional, by keyword); None where that is not known.
+    tied:
+        The groups of channels of several layers that are masked together (constrained masks); none where every layer
+        is masked on its own.
     """
 
     model: nn.Module
@@ -40,6 +44,7 @@ class Subject:
     layers: Mapping[str, nn.Module]
     norms: Mapping[str, tuple[nn.Module, ...]]
     example: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+    tied: tuple[Group, ...] = ()
 
 
 @runtime_checkable
@@ -73,3 +78,8 @@ def listed(names: Iterable[str]) -> str:
     everything = list(names)
     more = len(everything) - _MOST_LISTED
     return ", ".join(everything[:_MOST_LISTED]) + (f" and {more} more" if more > 0 else "")
+
+
+def without_score(names: Iterable[str]) -> str:
+    """The argument that leaves these layers alone, to be copied from a message: all of them, however many."""
+    return f"ignore={list(names)!r}"
