@@ -18,6 +18,7 @@ from torch.fx import Node
 from .capture import capture
 from .flow import Flow, Link, analyse_flow
 from .flow.effects import Contract
+from .grouping import places_by_row
 from .plan.keep import Kept, decide_kept
 from .plan.sources import locate
 from .plan.union import DisjointSets
@@ -129,10 +130,5 @@ def groups_of(flow: Flow) -> list[list[tuple[str, str, Tensor]]]:
 
 def _index(classes: np.ndarray, channels: np.ndarray) -> Tensor:
     """For every shared channel the positions of a layer that hold it."""
-    rows: list[list[int]] = [[] for _ in channels]
-    place = {int(c): k for k, c in enumerate(channels)}
-    for position, c in enumerate(classes.tolist()):
-        if c in place:
-            rows[place[c]].append(position)
-    width = max(1, max(map(len, rows)))
-    return torch.tensor([r + [-1] * (width - len(r)) for r in rows], dtype=torch.int64)
+    positions = np.flatnonzero(np.isin(classes, channels))
+    return torch.from_numpy(places_by_row(np.searchsorted(channels, classes[positions]), positions, len(channels)))
