@@ -5,7 +5,9 @@ from . import importance, regularize
 from .errors import (
     CaptureError,
     ConstantOutputError,
+    FileError,
     InputError,
+    MismatchError,
     NonFiniteError,
     NothingToPruneError,
     RuleError,
@@ -22,6 +24,7 @@ from .masking import MaskingManager
 from .one_call import mask, prune
 from .plan import Target
 from .rules import rule
+from .saving import load, save
 from .tuning import tune
 
 __version__ = "0.1.0"
@@ -30,9 +33,11 @@ __all__ = [
     "ActivationMagnitude",
     "CaptureError",
     "ConstantOutputError",
+    "FileError",
     "HRank",
     "InputError",
     "MaskingManager",
+    "MismatchError",
     "NonFiniteError",
     "NothingToPruneError",
     "PruningManager",
@@ -45,11 +50,13 @@ __all__ = [
     "VerificationError",
     "export",
     "importance",
+    "load",
     "load_masks",
     "mask",
     "prune",
     "regularize",
     "rule",
+    "save",
     "save_masks",
     "tune",
 ]

@@ -25,7 +25,7 @@ from upscale.guards import Guard, accepted, size_guards, text_guards
 from upscale.idle import dropped_notes
 from upscale.importing import import_graph
 from upscale.program import Program, is_users_file, module_path
-from upscale.signature import Argument, Signature, Tree, bind, call_with, flat_shapes, flatten
+from upscale.signature import Argument, FlatShapes, Signature, Tree, bind, call_with, flat_shapes, flatten
 from upscale.spelling import normalise_spelling
 from upscale.weights import fold_weight_slots
 
@@ -100,6 +100,7 @@ class _Export:
     notes: list[str]
     seconds: float
     batch: int | None
+    free: Any  # as in Program
 
 
 def _export(
@@ -133,7 +134,8 @@ def _export(
             raise _capture_error(model, error) from error
         example = leaves
         notes.append(f"batch size specialised: torch could not leave it free ({_brief(error, 160)})")
-    return _Export(exported, outputs, example, notes, time.perf_counter() - started, _batch_of(leaves))
+    free = dynamic_shapes if automatic else FlatShapes(tuple(shapes))
+    return _Export(exported, outputs, example, notes, time.perf_counter() - started, _batch_of(leaves), free)
 
 
 def _batch_of(leaves: Sequence[torch.Tensor]) -> int | None:
@@ -229,6 +231,7 @@ def _program(model: nn.Module, arguments: tuple[Argument, ...], names: tuple[str
         notes=tuple(notes),
         seconds=export.seconds,
         batch=export.batch,
+        free=export.free,
         spare=spare,
     )
 

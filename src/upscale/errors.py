@@ -41,3 +41,11 @@ class RuleError(UpscaleError):
 
 class VerificationError(UpscaleError):
     """The exported model does not compute what the masked model computes."""
+
+
+class FileError(UpscaleError):
+    """A file of a saved model cannot be written, or cannot be read: missing, damaged, of another kind or newer."""
+
+
+class MismatchError(UpscaleError):
+    """A model is not the one a file was made of, or a pruned module is no longer what ``export`` returned."""
