@@ -76,7 +76,7 @@ def capture(
     arguments, leaves, names = bind(model.forward, args, kwargs or {})
     leaves = [leaf.detach() for leaf in leaves]
     _check_example(leaves, names)
-    with _borrowed(model):
+    with borrowed(model):
         export = _export(model, arguments, leaves, dynamic_shapes)
         return _program(model, arguments, names, export)
 
@@ -111,7 +111,7 @@ def _export(
     notes: list[str] = []
     automatic = dynamic_shapes is None or dynamic_shapes == "spatial"
     if automatic:
-        example, shapes = _free_batch(leaves, spatial=dynamic_shapes == "spatial")
+        example, shapes = free_batch(leaves, spatial=dynamic_shapes == "spatial")
     else:
         if hasattr(dynamic_shapes, "dynamic_shapes"):  # torch.export.ShapesCollection
             args, kwargs = call_with(arguments, leaves)
@@ -142,7 +142,7 @@ def _batch_of(leaves: Sequence[torch.Tensor]) -> int | None:
     return next((leaf.shape[0] for leaf in leaves if leaf.dim() > 0), None)
 
 
-def _free_batch(leaves: list[torch.Tensor], spatial: bool) -> tuple[list[torch.Tensor], list[Any]]:
+def free_batch(leaves: list[torch.Tensor], spatial: bool) -> tuple[list[torch.Tensor], list[Any]]:
     """The example with a batch of at least two, and per tensor which dimensions are left to torch to free."""
     batch = _batch_of(leaves)
     example, shapes = list(leaves), []
@@ -263,7 +263,7 @@ def _spare(
 
 
 @contextlib.contextmanager
-def _borrowed(model: nn.Module) -> Iterator[None]:
+def borrowed(model: nn.Module) -> Iterator[None]:
     """Put the model in eval mode and guarantee that it is afterwards exactly as it was.
 
     Only flags are set, module by module: ``eval()`` may be overridden. Forward hooks such as pruning's store tensors

@@ -84,9 +84,15 @@ def _as_text(items: tuple[int, ...]) -> str:
 def encode(value: Any, pool: Pool) -> Any:
     """``value`` (dataclasses, tuples, dicts, numbers, texts) as JSON-ready data; lists of integers go into ``pool``."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        hints = _hints(type(value))
-        return {name: _encode_as(kind, getattr(value, name), pool) for name, kind in hints.items()}
+        usual = {f.name: f.default for f in dataclasses.fields(value)}
+        given = {name: (kind, getattr(value, name)) for name, kind in _hints(type(value)).items()}
+        # what a field has by default is left out: a plan is mostly that
+        return {name: _encode_as(kind, v, pool) for name, (kind, v) in given.items() if not _is_usual(v, usual[name])}
     return _encode_as(type(value), value, pool)
+
+
+def _is_usual(value: Any, default: Any) -> bool:
+    return type(value) is type(default) and value == default and repr(value) == repr(default)  # -0.0 is not 0.0
 
 
 def _encode_as(kind: Any, value: Any, pool: Pool) -> Any:

@@ -15,7 +15,7 @@ from upscale.errors import FileError, InputError
 from upscale.program import Program
 from upscale.signature import FlatShapes, Leaf, call_with
 
-__all__ = ["Call", "Input", "Sizes", "call_of", "dtype_of", "is_dense", "make_call", "make_sizes", "sizes_of"]
+__all__ = ["Call", "Input", "Sizes", "call_of", "dtype_of", "is_dense", "make_call", "make_inputs", "make_sizes", "sizes_of"]
 
 _DEEPEST = 50
 
@@ -90,8 +90,13 @@ def _data(value: Any) -> Any:
     raise _NotData(f"an argument is a {type(value).__name__}")
 
 
-def make_call(call: Call, device: torch.device) -> tuple[Any, Any]:
-    """Arguments and keyword arguments like those of the example, all tensors zero.
+def make_inputs(call: Call, device: torch.device) -> list[torch.Tensor]:
+    """Tensors like those of the example, all zero."""
+    return [_tensor(item, device) for item in call.inputs]
+
+
+def make_call(call: Call, leaves: Sequence[torch.Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments and keyword arguments that nest like those of the example, around ``leaves``.
 
     Raises:
         InputError: the example held an object of a class that a file cannot describe.
@@ -99,7 +104,6 @@ def make_call(call: Call, device: torch.device) -> tuple[Any, Any]:
     """
     if call.missing is not None:
         raise InputError(f"{call.missing}, which a file cannot hold: pass an example call, load(path, model, args=...)")
-    leaves = [_tensor(item, device) for item in call.inputs]
     args, kwargs = _value(call.args, leaves), _value(call.kwargs, leaves)
     if not isinstance(args, list) or not isinstance(kwargs, dict) or not all(isinstance(key, str) for key in kwargs):
         raise FileError("its example call is none")

@@ -31,6 +31,7 @@ from upscale.report import Report
 __all__ = ["Recipe", "Step", "attach_recipe", "make_recipe", "parse_recipe", "recipe_text", "renamed"]
 
 ATTRIBUTE = "_upscale_recipe"
+_JOINED = "*"  # in a plan: what several tensors joined give, no node of its own
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,8 @@ def renamed(plan: Plan, names: dict[str, str]) -> Plan:
     """
 
     def name(node: str) -> str:
+        if node == _JOINED:
+            return node
         if node not in names:
             raise FileError(f"its plan is about {node[:60]!r}, which its graph does not have")
         return names[node]

@@ -18,7 +18,8 @@ from upscale.recipe import Recipe, attach_recipe, parse_recipe, recipe_text
 from upscale.recipe.codec import Pool, decode, encode
 from upscale.recipe.describe import difference, digest_of, module_facts
 from upscale.recipe.model import recipe_data, recipe_from
-from upscale.saving import store
+from upscale.saving import archive, store
+from upscale.saving.program import reexported
 from upscale.saving.rebuild import rebuild
 from upscale.saving.state import State, apply_state, named_tensors, state_of
 
@@ -170,6 +171,19 @@ def _version() -> str:
     return upscale.__version__
 
 
+# -- a program --------------------------------------------------------------------------------------------------------
+
+
+def _save_program(pruned: fx.GraphModule, recipe: Recipe, path: Path) -> None:
+    archive.write(path, reexported(pruned, recipe.steps[-1]), recipe.report)
+
+
+def _load_program(path: Path, model: nn.Module | None, example: Any) -> nn.Module:
+    if model is not None or example is not None:
+        raise InputError(f"{str(path)!r} holds a whole program: load it by its path alone")
+    return archive.read(path)
+
+
 # -- kinds of files ---------------------------------------------------------------------------------------------------
 
 
@@ -179,7 +193,7 @@ class _Kind:
     load: Any
 
 
-_KINDS = {".safetensors": _Kind(_save_weights, _load_weights)}
+_KINDS = {".safetensors": _Kind(_save_weights, _load_weights), ".pt2": _Kind(_save_program, _load_program)}
 
 
 def _kind(path: Path) -> _Kind:

@@ -20,7 +20,7 @@ from upscale.program import Program
 from upscale.raising import raise_program
 from upscale.recipe import Recipe, Step
 from upscale.recipe.describe import TensorFact, canonical_names, difference, digest_of, module_facts, tensor_facts
-from upscale.recipe.example import dtype_of, make_call, make_sizes
+from upscale.recipe.example import dtype_of, make_call, make_inputs, make_sizes
 from upscale.recipe.model import captured_lines, renamed
 from upscale.saving.state import named_tensors
 
@@ -58,7 +58,7 @@ def _repeat(
     missing = _check_shapes(step.tensors, model)
     with _in_dtypes(model, step.tensors):
         device = next((tensor.device for _, tensor in named_tensors(model)), torch.device("cpu"))
-        args, kwargs = example if example is not None else make_call(step.call, device)
+        args, kwargs = example if example is not None else make_call(step.call, make_inputs(step.call, device))
         try:
             free = make_sizes(step.sizes, len(step.call.inputs))
             program = capture(model, args, kwargs, dynamic_shapes=free)

@@ -30,12 +30,11 @@ def write(path: Path, body: dict[str, Any], tensors: Mapping[str, Tensor]) -> No
         FileError: the file cannot be written, or a tensor is of a type that safetensors files cannot hold.
     """
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    text = json.dumps(body, separators=(",", ":"))
-    head = {"format": FORMAT, "version": VERSION, "sha256": digest(text, ready), "body": text}
+    head = {"format": FORMAT, "version": VERSION, "sha256": digest(body, ready), "body": body}
     try:
         with replacing(path) as draft:
             # one entry only: several would be written in an order that changes from call to call
-            save_file(ready, draft, {_KEY: json.dumps(head, separators=(",", ":"))})
+            save_file(ready, draft, {_KEY: _compact(head)})
     except (OSError, SafetensorError) as error:
         raise FileError(f"{str(path)!r} cannot be written: {error}") from error
     except KeyError as error:
@@ -56,7 +55,7 @@ def read(path: Path) -> tuple[Any, dict[str, Tensor]]:
         raise FileError(f"{str(path)!r} cannot be read as a saved model: {error}") from error
     if head["sha256"] != digest(head["body"], tensors):
         raise FileError(f"{str(path)!r} is damaged: its contents do not match its checksum")
-    return parse(path, head["body"]), tensors
+    return head["body"], tensors
 
 
 def _head(path: Path, text: str | None) -> dict[str, Any]:
@@ -64,7 +63,7 @@ def _head(path: Path, text: str | None) -> dict[str, Any]:
         raise FileError(f"{str(path)!r} holds no saved model: write one with upscale.save")
     head = parse(path, text)
     check_kind(path, head, FORMAT, VERSION)
-    if set(head) != {"format", "version", "sha256", "body"} or not isinstance(head["body"], str):
+    if set(head) != {"format", "version", "sha256", "body"}:
         raise FileError(f"{str(path)!r} is damaged: its header is not that of a saved model")
     return head
 
@@ -90,9 +89,13 @@ def parse(path: Path, text: str) -> Any:
         raise FileError(f"{str(path)!r} is damaged: its description is no JSON ({error})") from error
 
 
-def digest(text: str, tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of a text and of tensors, in hexadecimal."""
-    total = hashlib.sha256(text.encode(errors="surrogatepass"))
+def _compact(data: Any) -> str:
+    return json.dumps(data, separators=(",", ":"))
+
+
+def digest(body: Any, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of JSON data and of tensors, in hexadecimal."""
+    total = hashlib.sha256(_compact(body).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         total.update(f"\0{name}\0{tensor.dtype}{tuple(tensor.shape)}\0".encode(errors="surrogatepass"))
