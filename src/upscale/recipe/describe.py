@@ -6,7 +6,10 @@ were computed (pruning masks, parametrisations) or not.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import inspect
+import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -68,17 +71,19 @@ def canonical_names(graph: fx.Graph) -> dict[str, str]:
     return names
 
 
-def graph_lines(graph: fx.Graph) -> tuple[str, ...]:
-    """One line a node, but for nodes that only fetch a tensor: what is called, on what, and in which module."""
+def graph_lines(graph: fx.Graph, paths: bool = True) -> tuple[str, ...]:
+    """One line a node, but for nodes that only fetch a tensor: what is called, on what, and in which module (which an
+    emitted graph says only after it was traced again, so ``paths`` may be left out)."""
     names = canonical_names(graph)
     lines = []
     for node in graph.nodes:
         if node.op == "get_attr":
             continue
         target = "" if node.op in ("placeholder", "output") else _target(node)
-        arguments = [_text(item, names) for item in _arguments(node)]
-        arguments += [f"{key}={_text(item, names)}" for key, item in sorted(node.kwargs.items())]
-        path = module_path(node)
+        args, kwargs = _arguments(node)
+        arguments = [_text(item, names) for item in args]
+        arguments += [f"{key}={_text(item, names)}" for key, item in sorted(kwargs.items())]
+        path = module_path(node) if paths else ""
         lines.append(f"{names[node.name]} {target}({', '.join(arguments)})" + (f" in {path}" if path else ""))
     return tuple(lines)
 
@@ -92,18 +97,31 @@ _FOR_TRAINING = {
 }
 
 
-def _arguments(node: fx.Node) -> list[Any]:
-    """The positional arguments, but for those that only matter in training."""
+def _arguments(node: fx.Node) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    """The arguments as a call spells them after it was traced again, without those that only matter in training."""
     place, switch = _FOR_TRAINING.get(node.target, (-1, -1))
-    idle = place >= 0 and len(node.args) > switch and node.args[switch] is False
-    return [item for index, item in enumerate(node.args) if not (idle and index == place)]
+    if place >= 0 and len(node.args) > switch and node.args[switch] is False:
+        return [item for index, item in enumerate(node.args) if index != place], node.kwargs
+    if isinstance(node.target, types.FunctionType):
+        with contextlib.suppress(TypeError, ValueError):  # the signature of a wrapper need not be that of the function
+            bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)
+            bound.apply_defaults()
+            return (), bound.arguments
+    return node.args, node.kwargs
+
+
+#: Operators of Python by the names of the methods that stand for them after they were traced again.
+_METHODS = {"truediv": "div", "floordiv": "floor_divide", "mod": "remainder"}
 
 
 def _target(node: fx.Node) -> str:
     target = node.target
     if isinstance(target, str):
-        return f"{node.op} {target}"
-    return str(target) if isinstance(target, torch._ops.OpOverload) else getattr(target, "__name__", "function")
+        return f"module {target}" if node.op == "call_module" else target
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target)
+    name: str = getattr(target, "__name__", "function")
+    return _METHODS.get(name, name)
 
 
 def _text(value: Any, names: Mapping[str, str]) -> str:
@@ -122,15 +140,17 @@ def _text(value: Any, names: Mapping[str, str]) -> str:
 
 
 def digest_of(graph: fx.Graph) -> str:
-    """SHA-256 of a graph's lines, in hexadecimal."""
-    return hashlib.sha256("\n".join(graph_lines(graph)).encode()).hexdigest()
+    """SHA-256 of an emitted graph's lines, in hexadecimal."""
+    return hashlib.sha256("\n".join(graph_lines(graph, paths=False)).encode()).hexdigest()
 
 
 def tensor_facts(program: Program) -> tuple[TensorFact, ...]:
-    """The tensors that a program's graph reads, in the order in which the program lists them by name."""
+    """The tensors that a program's graph reads, in the order in which it first computes with them."""
+    used = (n for node in program.graph.nodes if node.op != "get_attr" for n in node.all_input_nodes)
+    names = dict.fromkeys(str(node.target) for node in used if node.op == "get_attr")
     return tuple(
         TensorFact(name, program.kinds[name], str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
-        for name, tensor in sorted(program.tensors.items())
+        for name, tensor in ((name, program.tensors[name]) for name in names)
     )
 
 
