@@ -1,10 +1,10 @@
 """Save, load in a process that never saw the weights, compare bit by bit: every network of the first issue.
 
-``python -m benchmarks.roundtrip [--networks resnet18 swin_t] [--mask both-25] [--reads auto] [--out benchmarks/out/roundtrip.csv]``
+``python -m benchmarks.roundtrip [--networks resnet18 swin_t] [--mask both-25] [--reads auto] [--out FILE.csv]``
 
 float32, 64 pixels where the architecture allows it. Each network is masked, exported and saved in one process, and
-loaded from both files (``.safetensors`` into a freshly built network, ``.pt2`` by itself) in another. The exit status is
-1 where an output differs in any bit, or where a file could not be loaded."""
+loaded from both files (``.safetensors`` into a freshly built network, ``.pt2`` by itself) in another. The exit status
+is 1 where an output differs in any bit (for ``.pt2``: by more than 1e-4), or where a file could not be loaded."""
 
 from __future__ import annotations
 
@@ -132,7 +132,9 @@ def main() -> int:
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS), metavar="NAME")
     parser.add_argument("--mask", default="both-25", choices=[case.name for case in CASES], metavar="MASK")
     parser.add_argument("--reads", default="auto", choices=["auto", "gather", "baseline"])
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "out" / "roundtrip.csv", help="where the CSV goes")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "benchmarks" / "out" / "roundtrip.csv", help="where the CSV goes"
+    )
     parser.add_argument("--worker", choices=["store", "fetch"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()

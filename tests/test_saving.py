@@ -200,7 +200,9 @@ class Tied(nn.Module):
         self.head.weight = self.embed.weight
         self.register_buffer("scale", torch.full((6,), scale), persistent=False)
 
-    def forward(self, tokens: Tensor, *, extra: dict[str, Tensor] | None = None, flag: bool = True) -> dict[str, Tensor]:
+    def forward(
+        self, tokens: Tensor, *, extra: dict[str, Tensor] | None = None, flag: bool = True
+    ) -> dict[str, Tensor]:
         x = self.last(torch.relu(self.inner(self.embed(tokens)))) * self.scale
         if flag and extra is not None:
             x = x + extra["shift"]

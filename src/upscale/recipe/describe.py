@@ -90,7 +90,7 @@ def graph_lines(graph: fx.Graph, paths: bool = True) -> tuple[str, ...]:
 
 _aten = torch.ops.aten
 #: Arguments without a part in eval mode. A network is the same with another dropout rate or momentum.
-_FOR_TRAINING = {
+_FOR_TRAINING: dict[Any, tuple[int, int]] = {
     **dict.fromkeys((_aten.dropout.default, _aten.feature_dropout.default), (1, 2)),
     **dict.fromkeys((_aten.alpha_dropout.default, _aten.feature_alpha_dropout.default), (1, 2)),
     _aten.batch_norm.default: (6, 5),  # momentum, where training is off
@@ -155,7 +155,8 @@ def tensor_facts(program: Program) -> tuple[TensorFact, ...]:
 
 
 def module_facts(model: nn.Module) -> tuple[ModuleFact, ...]:
-    """Classes and settings of all modules below ``model``. One whose weight is computed counts as what it was before."""
+    """Classes and settings of all modules below ``model``. One whose weight is computed counts as what it was before
+    that."""
     facts = []
     for path, module in model.named_modules(remove_duplicate=False):
         if path and "parametrizations" not in path.split("."):

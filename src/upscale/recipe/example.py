@@ -15,7 +15,18 @@ from upscale.errors import FileError, InputError
 from upscale.program import Program
 from upscale.signature import FlatShapes, Leaf, call_with
 
-__all__ = ["Call", "Input", "Sizes", "call_of", "dtype_of", "is_dense", "make_call", "make_inputs", "make_sizes", "sizes_of"]
+__all__ = [
+    "Call",
+    "Input",
+    "Sizes",
+    "call_of",
+    "dtype_of",
+    "is_dense",
+    "make_call",
+    "make_inputs",
+    "make_sizes",
+    "sizes_of",
+]
 
 _DEEPEST = 50
 
@@ -234,7 +245,8 @@ def make_sizes(sizes: Sizes, count: int) -> Any:
     """
     if sizes.kind in ("batch", "spatial"):
         return None if sizes.kind == "batch" else "spatial"
-    entries, known = sizes.entries, {}
+    entries = sizes.entries
+    known: dict[str, Any] = {}
     if sizes.kind != "given" or not isinstance(entries, list) or len(entries) != count:
         raise FileError("its free sizes do not fit its example call")
     try:

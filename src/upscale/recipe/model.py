@@ -180,5 +180,3 @@ def recipe_text(model: nn.Module) -> str | None:
     """The text of the recipe that a pruned module carries."""
     text = vars(model).get(ATTRIBUTE)
     return text if isinstance(text, str) else None
-
-

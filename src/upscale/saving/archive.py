@@ -42,7 +42,7 @@ def write(path: Path, program: ExportedProgram, report: Report) -> None:
     Raises:
         FileError: the file cannot be written, or torch cannot serialise the program.
     """
-    program.example_inputs = None  # type: ignore[assignment]
+    program.example_inputs = None
     try:
         with replacing(path) as draft, draft.open("w+b") as file:
             with _quiet():
