@@ -2,9 +2,11 @@
 the same. See :func:`export` and the paper's two classes, :class:`MaskingManager` and :class:`PruningManager`."""
 
 from . import importance, regularize
+from .converting import to_onnx
 from .errors import (
     CaptureError,
     ConstantOutputError,
+    ConversionError,
     FileError,
     InputError,
     MismatchError,
@@ -33,6 +35,7 @@ __all__ = [
     "ActivationMagnitude",
     "CaptureError",
     "ConstantOutputError",
+    "ConversionError",
     "FileError",
     "HRank",
     "InputError",
@@ -58,5 +61,6 @@ __all__ = [
     "rule",
     "save",
     "save_masks",
+    "to_onnx",
     "tune",
 ]

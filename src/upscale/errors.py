@@ -49,3 +49,7 @@ class FileError(UpscaleError):
 
 class MismatchError(UpscaleError):
     """A model is not the one a file was made of, or a pruned module is no longer what ``export`` returned."""
+
+
+class ConversionError(UpscaleError):
+    """A pruned model cannot be written in another format: an operator does not exist there."""

@@ -23,7 +23,7 @@ from upscale.saving.program import reexported
 from upscale.saving.rebuild import rebuild
 from upscale.saving.state import State, apply_state, named_tensors, state_of
 
-__all__ = ["load", "save"]
+__all__ = ["load", "save", "unchanged"]
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:

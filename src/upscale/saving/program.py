@@ -32,16 +32,20 @@ class ExampleCall:
     leaves: tuple[torch.Tensor, ...]
 
 
-def example_call(pruned: nn.Module, step: Step, seed: int = 0) -> ExampleCall:
+def example_call(pruned: nn.Module, step: Step, seed: int = 0, batch: int | None = None) -> ExampleCall:
     """On the module's device, and in its type of numbers where that is another since the export. Whole numbers are
-    zero: what values an embedding or an index takes is not known."""
+    zero: what values an embedding or an index takes is not known. ``batch``: instead of that of the example."""
     parameters = list(pruned.parameters())
     device = parameters[0].device if parameters else torch.device("cpu")
     was = _usual([dtype_of(fact.dtype) for fact in step.tensors])
     now = _usual([p.dtype for p in parameters]) or was
     generator = torch.Generator().manual_seed(seed)
     leaves = []
-    for leaf in make_inputs(step.call, device):
+    inputs = make_inputs(step.call, device)
+    captured = next((leaf.shape[0] for leaf in inputs if leaf.dim()), None)
+    for leaf in inputs:
+        if batch is not None and leaf.dim() and leaf.shape[0] == captured:
+            leaf = leaf[:1].expand(batch, *leaf.shape[1:]).clone()
         if leaf.is_floating_point():
             leaf.copy_(torch.randn(leaf.shape, generator=generator))
         leaves.append(leaf.to(now) if leaf.dtype == was and now is not None else leaf)
