@@ -249,7 +249,7 @@ def _by_formula() -> nn.Sequential:
 # -- damage -----------------------------------------------------------------------------------------------------------
 
 FUZZ = settings(
-    max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+    max_examples=50, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
 )
 
 
@@ -319,7 +319,7 @@ def test_descriptions_that_were_edited(tmp_path: Path) -> None:
     sections = sorted({place[:3] for place in places}, key=str)
     outcomes = {"refused": 0, "harmless": 0}
 
-    @settings(FUZZ, max_examples=100)
+    @settings(FUZZ, max_examples=60)
     @given(st.integers(0, 1 << 30), ODD, st.booleans())
     def prove(seed: int, value: Any, remove: bool) -> None:
         # a section first, then a place in it: nearly all places are in the plan
@@ -345,4 +345,4 @@ def test_descriptions_that_were_edited(tmp_path: Path) -> None:
         outcomes["harmless"] += 1
 
     prove()
-    assert outcomes["refused"] > 50, outcomes
+    assert outcomes["refused"] > 25, outcomes
