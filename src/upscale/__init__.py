@@ -2,10 +2,14 @@
 the same. See :func:`export` and the paper's two classes, :class:`MaskingManager` and :class:`PruningManager`."""
 
 from . import importance, interop, regularize
+from .converting import to_onnx
 from .errors import (
     CaptureError,
     ConstantOutputError,
+    ConversionError,
+    FileError,
     InputError,
+    MismatchError,
     NonFiniteError,
     NothingToPruneError,
     RuleError,
@@ -23,6 +27,7 @@ from .masking import MaskingManager
 from .one_call import mask, prune
 from .plan import Target
 from .rules import rule
+from .saving import load, save
 from .segment_objects import Segment
 from .tuning import tune
 
@@ -32,9 +37,12 @@ __all__ = [
     "ActivationMagnitude",
     "CaptureError",
     "ConstantOutputError",
+    "ConversionError",
+    "FileError",
     "HRank",
     "InputError",
     "MaskingManager",
+    "MismatchError",
     "NonFiniteError",
     "NothingToPruneError",
     "PruningManager",
@@ -50,11 +58,14 @@ __all__ = [
     "importance",
     "inspect",
     "interop",
+    "load",
     "load_masks",
     "mask",
     "prune",
     "regularize",
     "rule",
+    "save",
     "save_masks",
+    "to_onnx",
     "tune",
 ]

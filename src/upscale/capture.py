@@ -25,7 +25,7 @@ from upscale.guards import Guard, accepted, size_guards, text_guards
 from upscale.idle import dropped_notes
 from upscale.importing import import_graph
 from upscale.program import Program, is_users_file, module_path
-from upscale.signature import Argument, Signature, Tree, bind, call_with, flat_shapes, flatten
+from upscale.signature import Argument, FlatShapes, Signature, Tree, bind, call_with, flat_shapes, flatten
 from upscale.spelling import normalise_spelling
 from upscale.weights import fold_weight_slots
 
@@ -76,7 +76,7 @@ def capture(
     arguments, leaves, names = bind(model.forward, args, kwargs or {})
     leaves = [leaf.detach() for leaf in leaves]
     _check_example(leaves, names)
-    with _borrowed(model):
+    with borrowed(model):
         export = _export(model, arguments, leaves, dynamic_shapes)
         return _program(model, arguments, names, export)
 
@@ -100,6 +100,7 @@ class _Export:
     notes: list[str]
     seconds: float
     batch: int | None
+    free: Any  # as in Program
 
 
 def _export(
@@ -110,7 +111,7 @@ def _export(
     notes: list[str] = []
     automatic = dynamic_shapes is None or dynamic_shapes == "spatial"
     if automatic:
-        example, shapes = _free_batch(leaves, spatial=dynamic_shapes == "spatial")
+        example, shapes = free_batch(leaves, spatial=dynamic_shapes == "spatial")
     else:
         if hasattr(dynamic_shapes, "dynamic_shapes"):  # torch.export.ShapesCollection
             args, kwargs = call_with(arguments, leaves)
@@ -133,14 +134,15 @@ def _export(
             raise _capture_error(model, error) from error
         example = leaves
         notes.append(f"batch size specialised: torch could not leave it free ({_brief(error, 160)})")
-    return _Export(exported, outputs, example, notes, time.perf_counter() - started, _batch_of(leaves))
+    free = dynamic_shapes if automatic else FlatShapes(tuple(shapes))
+    return _Export(exported, outputs, example, notes, time.perf_counter() - started, _batch_of(leaves), free)
 
 
 def _batch_of(leaves: Sequence[torch.Tensor]) -> int | None:
     return next((leaf.shape[0] for leaf in leaves if leaf.dim() > 0), None)
 
 
-def _free_batch(leaves: list[torch.Tensor], spatial: bool) -> tuple[list[torch.Tensor], list[Any]]:
+def free_batch(leaves: list[torch.Tensor], spatial: bool) -> tuple[list[torch.Tensor], list[Any]]:
     """The example with a batch of at least two, and per tensor which dimensions are left to torch to free."""
     batch = _batch_of(leaves)
     example, shapes = list(leaves), []
@@ -229,6 +231,7 @@ def _program(model: nn.Module, arguments: tuple[Argument, ...], names: tuple[str
         notes=tuple(notes),
         seconds=export.seconds,
         batch=export.batch,
+        free=export.free,
         spare=spare,
     )
 
@@ -260,7 +263,7 @@ def _spare(
 
 
 @contextlib.contextmanager
-def _borrowed(model: nn.Module) -> Iterator[None]:
+def borrowed(model: nn.Module) -> Iterator[None]:
     """Put the model in eval mode and guarantee that it is afterwards exactly as it was.
 
     Only flags are set, module by module: ``eval()`` may be overridden. Forward hooks such as pruning's store tensors

@@ -41,3 +41,15 @@ class RuleError(UpscaleError):
 
 class VerificationError(UpscaleError):
     """The exported model does not compute what the masked model computes."""
+
+
+class FileError(UpscaleError):
+    """A file of a saved model cannot be written, or cannot be read: missing, damaged, of another kind or newer."""
+
+
+class MismatchError(UpscaleError):
+    """A model is not the one a file was made of, or a pruned module is no longer what ``export`` returned."""
+
+
+class ConversionError(UpscaleError):
+    """A pruned model cannot be written in another format: an operator does not exist there."""

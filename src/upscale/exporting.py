@@ -20,6 +20,7 @@ from .lowering import lower
 from .plan import MODES, Mode, Plan, Target, make_plan
 from .program import Program
 from .raising import raise_program, training_notes
+from .recipe import attach_recipe, make_recipe
 from .report import Report, count_parameters, kept_by_choice, layer_rows
 from .setting import checked_target, in_format, setting_for
 from .signature import call_with, flatten
@@ -125,7 +126,9 @@ def finish(compiled: Compiled, class_name: str, check: bool = True) -> torch.fx.
     if check:
         verification = verify(compiled.program, compiled.lowered, compiled.plan, flat_call(compiled.program, pruned))
         seconds["verify"] = verification.seconds
-    attach_report(pruned, make_report(compiled, pruned, verification, seconds))
+    report = make_report(compiled, pruned, verification, seconds)
+    attach_report(pruned, report)
+    attach_recipe(pruned, make_recipe(compiled.program, compiled.plan, pruned, report))
     return pruned
 
 

@@ -45,6 +45,7 @@ class Program:
     notes: tuple[str, ...] = ()
     seconds: float = 0.0  # spent in torch.export itself
     batch: int | None = None  # of the user's example; ``inputs`` may hold it twice
+    free: Any = None  # the sizes that capture was asked to leave free: None (batch), "spatial", or FlatShapes
     # Tensors of executed modules that the graph does not read (``num_batches_tracked``): they stay in the state dict.
     spare: Mapping[str, torch.Tensor] = field(default_factory=dict)
 

@@ -209,6 +209,8 @@ def call_with(arguments: Sequence[Argument], leaves: Sequence[Any]) -> tuple[lis
 
 def flat_shapes(arguments: Sequence[Argument], spec: Any, count: int) -> list[Any]:
     """The user's ``dynamic_shapes`` (by name or by position, nested like the inputs) as one entry per tensor."""
+    if isinstance(spec, FlatShapes):
+        return list(spec.entries)
     given = [argument for argument in arguments if argument.tree is not None]
     flat: list[Any] = [None] * count
     if isinstance(spec, Mapping):
@@ -226,6 +228,13 @@ def flat_shapes(arguments: Sequence[Argument], spec: Any, count: int) -> list[An
         assert argument.tree is not None
         _spread(argument.tree, entry, argument.name, flat)
     return flat
+
+
+@dataclass(frozen=True)
+class FlatShapes:
+    """``dynamic_shapes`` with one entry for each tensor input, in order."""
+
+    entries: tuple[Any, ...]
 
 
 def _spread(tree: Tree, spec: Any, name: str, flat: list[Any]) -> None:
