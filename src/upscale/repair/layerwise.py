@@ -8,6 +8,7 @@ is added to a shortcut, the shortcut's error is part of the target (section 3.1,
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch import Tensor
 from .moments import Moments
 from .norms import affine_of
 from .report import LayerRepair
-from .samples import gather
+from .samples import Solution, Sums, gather
 from .sites import Site
 from .solve import changes
 from .tape import Frontier, Tape
@@ -24,6 +25,7 @@ __all__ = ["RIDGES", "repair_layer"]
 
 #: What ``ridge="auto"`` chooses from.
 RIDGES = tuple(10.0**power for power in range(-6, 2))
+_STEPS = 3
 
 
 def repair_layer(
@@ -38,29 +40,60 @@ def repair_layer(
     kept = rows != 0
     alive = kept.any(2)
     importance = _importance(site, frontier.tapes[0], alive)
-    spread = float((_variance(sums.held) * importance).sum())
-
-    def judged(weight: Tensor, shift: Tensor) -> float:
-        return float((sums.held.error(weight, shift) * importance).sum())
-
-    none = torch.zeros_like(alive, dtype=torch.float64)
-    present = none + _present_bias(site)
-    before = best = judged(rows, present)
-    chosen: tuple[float, Tensor, Tensor] | None = None
-    if before > 0:
-        problem = sums.used.regression(rows, site.shift is not None)
-        for ridge, change in zip(ridges, changes(problem, kept, ridges), strict=True):
-            weight = rows + change
-            shift = torch.where(alive, sums.used.shift(weight), present) if site.shift else present
-            error = judged(weight, shift)
-            if error < best:
-                best, chosen = error, (ridge, weight, shift)
-    if chosen is not None:
-        _write(site, chosen[1], chosen[2] - present)
-    scale = spread if spread > 0 else 1.0
+    present = Solution(rows, torch.zeros_like(alive, dtype=torch.float64) + _present_bias(site))
+    start = _Fit(site, present, kept, alive, importance, tuple(ridges))
+    first, ridge = start.best(sums, present)
+    scale = float((_variance(sums.held) * importance).sum()) or 1.0
+    tried = [present] if ridge is None else [present, first]
+    if site.calls[0].clamp is None or ridge is None:
+        errors = [float((sums.held.error(s.weight, s.shift) * importance).sum()) for s in tried]
+    else:
+        for _ in range(_STEPS):
+            sums = gather(site, frontier, sizes, seed, tried)
+            tried.append(start.best(sums, tried[-1])[0])
+        errors = [float((e * importance).sum()) for e in gather(site, frontier, sizes, seed, tried).errors]
+    best = min(range(len(tried)), key=errors.__getitem__)
+    if best:
+        _write(site, tried[best].weight, tried[best].shift - present.shift)
     return LayerRepair(
-        site.name, before / scale, best / scale, chosen and chosen[0], sums.used.count, int(kept.sum(2).max())
+        site.name,
+        errors[0] / scale,
+        errors[best] / scale,
+        ridge if best else None,
+        sums.used.count,
+        int(kept.sum(2).max()),
     )
+
+
+@dataclass(frozen=True, eq=False)
+class _Fit:
+    site: Site
+    present: Solution
+    kept: Tensor
+    alive: Tensor
+    importance: Tensor
+    ridges: tuple[float, ...]
+
+    def best(self, sums: Sums, last: Solution) -> tuple[Solution, float | None]:
+        """The solution of least error on the held-out rows, and its ridge; ``last`` and None where that is best."""
+        rows = self.present.weight
+        problem = sums.used.regression(rows, self.site.shift is not None)
+        best, chosen, at = self._judged(sums, last), last, None
+        if best == 0:
+            return chosen, at
+        for ridge, change in zip(self.ridges, changes(problem, self.kept, self.ridges), strict=True):
+            weight = rows + change
+            shift = self.present.shift
+            if self.site.shift is not None:
+                shift = torch.where(self.alive, sums.used.shift(weight), shift)
+            solution = Solution(weight, shift)
+            error = self._judged(sums, solution)
+            if error < best:
+                best, chosen, at = error, solution, ridge
+        return chosen, at
+
+    def _judged(self, sums: Sums, solution: Solution) -> float:
+        return float((sums.held.error(solution.weight, solution.shift) * self.importance).sum())
 
 
 def _present_bias(site: Site) -> Tensor | float:

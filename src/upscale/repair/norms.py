@@ -12,6 +12,8 @@ from ..aliases import argument
 
 __all__ = ["Affine", "affine_of"]
 
+_LEAST_SCALE = 1e-6  # of the largest
+
 
 @dataclass(frozen=True, eq=False)
 class Affine:
@@ -19,6 +21,16 @@ class Affine:
 
     scale: Tensor
     offset: Tensor
+
+    @property
+    def usable(self) -> Tensor:
+        """Which channels can be divided by their scale: one that is all but removed tells nothing about its input."""
+        return self.scale.abs() > _LEAST_SCALE * self.scale.abs().max()
+
+    @property
+    def divisor(self) -> Tensor:
+        """``scale``, with ones where it is not usable."""
+        return torch.where(self.usable, self.scale, 1.0)
 
     def same_as(self, other: Affine) -> bool:
         return torch.equal(self.scale, other.scale) and torch.equal(self.offset, other.offset)

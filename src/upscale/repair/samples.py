@@ -13,18 +13,17 @@ from torch import Tensor, fx
 from ..errors import NonFiniteError
 from .geometry import gathered
 from .moments import Moments
-from .norms import affine_of
+from .norms import Affine, affine_of
 from .sites import Call, Site
 from .tape import Frontier, State, Tape
 
-__all__ = ["HELD_OUT", "Sums", "gather", "is_held_out"]
+__all__ = ["HELD_OUT", "Solution", "Sums", "gather", "is_held_out"]
 
 #: Every eighth example is held out: none of it is used in a regression, and what is kept is judged by it.
 HELD_OUT = 8
 _ROWS_AN_UNKNOWN = 8
 _LEAST_ROWS = 20_000
 _CHUNK = 1 << 23  # entries of the rows that are in memory at once
-_LEAST_SCALE = 1e-6  # of the largest: a channel that a batch norm all but removes tells nothing about its input
 
 
 def is_held_out(numbers: Tensor) -> Tensor:
@@ -34,33 +33,53 @@ def is_held_out(numbers: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Sums:
-    """Of the examples that are used, and of those that are held out."""
+    """Of the examples that are used, and of those that are held out.
+
+    ``errors``: for each solution that was tried, the mean square on held-out examples of what it gets wrong behind the
+    activation, (groups, M), in units of what the layer itself writes.
+    """
 
     used: Moments
     held: Moments
+    errors: tuple[Tensor, ...]
 
 
-def gather(site: Site, frontier: Frontier, sizes: Sequence[int], seed: int) -> Sums:
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """``weight``: (groups, M, K); ``shift``: the constant added to each output, (groups, M). float64."""
+
+    weight: Tensor
+    shift: Tensor
+
+
+def gather(site: Site, frontier: Frontier, sizes: Sequence[int], seed: int, tried: Sequence[Solution] = ()) -> Sums:
     """Run both networks to the layer, for all batches, and sum up its regression.
 
     Places are drawn for each example by a generator of ``seed``, so that how examples are put into batches changes
-    nothing. Raises ``NonFiniteError`` where a value is NaN or infinite.
+    nothing, and neither does calling this again. If an activation cuts off what the layer writes and there are
+    solutions ``tried``, the targets are those for a step from the last of them: see :func:`_for_activation`.
+    Raises ``NonFiniteError`` where a value is NaN or infinite.
     """
-    gatherer = _Gatherer(site, frontier.tapes, sizes, seed)
+    gatherer = _Gatherer(site, frontier.tapes, sizes, seed, tried)
     first = site.calls[0]
     frontier.visit((first.node, first.origin), gatherer.add)
-    return gatherer.sums
+    return gatherer.sums()
 
 
 class _Gatherer:
-    def __init__(self, site: Site, tapes: Sequence[Tape], sizes: Sequence[int], seed: int) -> None:
-        self.sums = Sums(Moments(), Moments())
-        self._site, (self._tape, self._original) = site, tapes
+    def __init__(
+        self, site: Site, tapes: Sequence[Tape], sizes: Sequence[int], seed: int, tried: Sequence[Solution]
+    ) -> None:
+        self._used, self._held, self._wrong = Moments(), Moments(), [torch.zeros(()) for _ in tried]
+        self._site, (self._tape, self._original), self._tried = site, tapes, tried
         self._starts = np.concatenate([[0], np.cumsum(sizes)]).tolist()
         # One generator a call of the layer: with one for all, the draws would depend on the batches.
         self._generators = [np.random.default_rng((seed, number)) for number in range(len(site.calls))]
         rows = max(_LEAST_ROWS, _ROWS_AN_UNKNOWN * site.unknowns)
         self._rows_an_example = math.ceil(rows / self._starts[-1])
+
+    def sums(self) -> Sums:
+        return Sums(self._used, self._held, tuple(wrong / max(1, self._held.count) for wrong in self._wrong))
 
     def add(self, number: int, states: tuple[State, ...]) -> None:
         """One batch: every call of the layer."""
@@ -82,15 +101,39 @@ class _Gatherer:
         held = is_held_out(owners).to(out.device)
         step = max(1, _CHUNK // (places.shape[1] * maps.shape[1] * math.prod(geometry.window)))
         others = self._others(call, states, dim)
+        ends = self._ends(call)
         for start in range(0, len(out), step):
             part = slice(start, start + step)
             here = places[part]
             rows = geometry.patches(maps[part], here, out.shape[2:])
-            target = self._target(call, gathered(out[part].flatten(2), here), [o[part] for o in others], here)
-            target = target.unflatten(2, (geometry.groups, -1))
+            beside = [gathered(other[part].flatten(2), here).double() for other in others]
+            target = ends.target(gathered(out[part].flatten(2), here).double(), beside)
             _check(site.name, rows, target)
-            for sums, chosen in ((self.sums.used, ~held[part]), (self.sums.held, held[part])):
-                sums.add(rows[chosen].flatten(0, 1), target[chosen].flatten(0, 1))
+            added = beside[0] if beside else torch.zeros(())
+            for moments, chosen in ((self._used, ~held[part]), (self._held, held[part])):
+                offset = added[chosen].flatten(0, 1) if beside else added
+                self._add_rows(moments, ends, rows[chosen].flatten(0, 1), target[chosen].flatten(0, 1), offset)
+
+    def _add_rows(self, moments: Moments, ends: _Ends, rows: Tensor, target: Tensor, added: Tensor) -> None:
+        """``rows``: (rows, groups, K); ``target``, ``added``: (rows, outputs)."""
+        groups = self._site.geometry.groups
+        if ends.clamp is not None and len(rows):
+            for number, solution in enumerate(self._tried):
+                found = torch.einsum("rgk,gmk->rgm", rows.double(), solution.weight).add_(solution.shift).flatten(1)
+                step = ends.step(found, target, added)
+                if moments is self._held:
+                    wrong = (found - step).square().sum(0).view(groups, -1)
+                    self._wrong[number] = self._wrong[number] + wrong
+            if self._tried:
+                target = step
+        moments.add(rows, target.unflatten(1, (groups, -1)))
+
+    def _ends(self, call: Call) -> _Ends:
+        if call.norm is None:
+            return _Ends(None, None, call.clamp)
+        ours = affine_of(call.norm[0], self._tape.program.tensors)
+        theirs = affine_of(call.norm[1], self._original.program.tensors)
+        return _Ends(ours, theirs, call.clamp)
 
     def _others(self, call: Call, states: tuple[State, ...], dim: int) -> list[Tensor]:
         """What is added to the result in either network, (examples, channels, ...)."""
@@ -99,26 +142,49 @@ class _Gatherer:
         pairs = zip((self._tape, self._original), states, call.other, strict=True)
         return [self._site.geometry.by_example(tape.value(state, node), dim) for tape, state, node in pairs]
 
-    def _target(self, call: Call, written: Tensor, others: Sequence[Tensor], places: Tensor) -> Tensor:
-        """What the layer should write, (examples, places, channels): after the batch norm and the sum behind it, what
-        the original has there."""
-        target = written.double()
-        ours = theirs = None
-        if call.norm is not None:
-            ours = affine_of(call.norm[0], self._tape.program.tensors)
-            theirs = affine_of(call.norm[1], self._original.program.tensors)
-        if not others and (ours is None or theirs is None or ours.same_as(theirs)):
+
+@dataclass(frozen=True, eq=False)
+class _Ends:
+    """What follows a layer: a batch norm in either network, and an activation."""
+
+    ours: Affine | None
+    theirs: Affine | None
+    clamp: tuple[float, float] | None
+
+    def target(self, written: Tensor, beside: Sequence[Tensor]) -> Tensor:
+        """What the layer should write so that the original's values come out behind the batch norm and the sum.
+
+        ``written``: by the original's layer, (examples, places, channels); ``beside``: what is added in the masked
+        network, and in the original.
+        """
+        ours, theirs, target = self.ours, self.theirs, written
+        if not beside and (ours is None or theirs is None or ours.same_as(theirs)):
             return target
         if theirs is not None:
             target = target * theirs.scale + theirs.offset
-        if others:
-            here, there = (gathered(other.flatten(2), places).double() for other in others)
-            target = target + (there - here)
-        if ours is None:
-            return target
-        usable = ours.scale.abs() > _LEAST_SCALE * ours.scale.abs().max()
-        back = (target - ours.offset) / torch.where(usable, ours.scale, 1.0)
-        return torch.where(usable, back, written.double())
+        if beside:
+            target = target + (beside[1] - beside[0])
+        return target if ours is None else torch.where(ours.usable, (target - ours.offset) / ours.divisor, written)
+
+    def step(self, found: Tensor, target: Tensor, added: Tensor) -> Tensor:
+        """The targets for the next solution, given what the last one writes.
+
+        Where the activation cuts the target off, whatever it cuts off as well is as good. With these targets a least
+        squares step cannot make the error behind the activation larger: (p - step(q))^2 bounds it for every p, and at
+        p = q is no more than (q - target)^2. Zhang, Zou, He and Sun 2016, "Accelerating Very Deep Convolutional
+        Networks for Classification and Detection", arXiv 1505.06798, section 3.2, alternate in the same way.
+        """
+        assert self.clamp is not None
+        low, high = self.clamp
+        values, wanted = found + 0, target
+        if self.ours is not None:
+            values, wanted = values * self.ours.scale + self.ours.offset, wanted * self.ours.scale + self.ours.offset
+        values, wanted = values + added, wanted + added
+        best = torch.where(wanted <= low, values.clamp(max=low), wanted)
+        best = torch.where(wanted >= high, values.clamp(min=high), best) - added
+        if self.ours is not None:
+            best = torch.where(self.ours.usable, (best - self.ours.offset) / self.ours.divisor, target)
+        return best
 
 
 def _batch_dim(node: fx.Node) -> int:

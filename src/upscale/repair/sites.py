@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -27,12 +28,14 @@ class Call:
 
     ``norm``: the batch norm that alone reads the result; ``other``: what is then added to it, where that is computed
     before the layer and nobody else reads the sum's operand. Pairs are (masked network's node, original's).
+    ``clamp``: the least and the greatest value that an activation which alone reads all that lets through.
     """
 
     node: fx.Node
     origin: fx.Node
     norm: tuple[fx.Node, fx.Node] | None
     other: tuple[fx.Node, fx.Node] | None
+    clamp: tuple[float, float] | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,8 +136,20 @@ def _call(pair: Pair, node: fx.Node) -> Call:
             same = beside[0].meta["val"].shape == summand.meta["val"].shape
             at = end.args.index(beside[0])
             behind = pair.origin[end].args[at]
-            other = (beside[0], behind) if same and isinstance(behind, fx.Node) else None
-    return Call(node, origin, norm, other)
+            if same and isinstance(behind, fx.Node):
+                other, end = (beside[0], behind), _only_user(end)
+    return Call(node, origin, norm, other, None if end is None else _clamp(end))
+
+
+def _clamp(node: fx.Node) -> tuple[float, float] | None:
+    """What a rectifier lets through."""
+    if node.target is _aten.relu.default:
+        return 0.0, math.inf
+    if node.target is _aten.relu6.default:
+        return 0.0, 6.0
+    if node.target is _aten.hardtanh.default:
+        return float(argument(node, "min_val")), float(argument(node, "max_val"))
+    return None
 
 
 def _comes_before(first: fx.Node, second: fx.Node) -> bool:
