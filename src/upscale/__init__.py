@@ -21,6 +21,7 @@ from .mask_objects import load_masks, save_masks
 from .masking import MaskingManager
 from .one_call import mask, prune
 from .plan import Target
+from .repairing import RepairReport, RepairWarning, repair
 from .rules import rule
 from .tuning import tune
 
@@ -36,6 +37,8 @@ __all__ = [
     "NonFiniteError",
     "NothingToPruneError",
     "PruningManager",
+    "RepairReport",
+    "RepairWarning",
     "RuleError",
     "Target",
     "Taylor",
@@ -49,6 +52,7 @@ __all__ = [
     "mask",
     "prune",
     "regularize",
+    "repair",
     "rule",
     "save_masks",
     "tune",

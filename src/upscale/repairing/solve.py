@@ -13,6 +13,8 @@ __all__ = ["changes"]
 
 _SMALL = 64  # unknowns up to which all groups are solved in one batch, those that are zero standing in as the identity
 
+_SINGULAR = 1e-12  # of the largest: eigenvalues of sums of products in float64 are no more exact
+
 
 def changes(problem: Regression, kept: Tensor, ridges: Sequence[float]) -> Iterator[Tensor]:
     """For each of ``ridges`` the change (groups, M, K) of the weights that fits best; zero where not ``kept``.
@@ -75,8 +77,8 @@ def _solved(gram: Tensor, right: Tensor, ridge: float, scale: Tensor | None = No
     loaded = gram + ridge * scale * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     factor, failed = torch.linalg.cholesky_ex(loaded)
     pivots = factor.diagonal(dim1=-2, dim2=-1)
-    # A pivot as small as the rounding error of the largest is no pivot, even where its square came out positive.
-    small = pivots.square().amin(-1) <= gram.shape[-1] * torch.finfo(gram.dtype).eps * pivots.square().amax(-1)
+    # A pivot that is all rounding error is no pivot, even where its square came out positive.
+    small = pivots.square().amin(-1) <= _SINGULAR * pivots.square().amax(-1)
     if not bool((failed != 0).any() | small.any()):
         return torch.cholesky_solve(right, factor)
-    return torch.linalg.pinv(loaded, hermitian=True, rtol=gram.shape[-1] * torch.finfo(gram.dtype).eps) @ right
+    return torch.linalg.pinv(loaded, hermitian=True, rtol=_SINGULAR) @ right

@@ -131,6 +131,6 @@ def _check_sizes(program: Program, batches: Sequence[Sequence[Tensor]]) -> None:
             if not fits or leaf.dtype != node.meta["val"].dtype:
                 wanted = ", ".join(str(size) if isinstance(size, int) else "any" for size in sizes)
                 raise InputError(
-                    f"batch {number} does not fit: {name} is {tuple(leaf.shape)} of {leaf.dtype}, where the first batch "
-                    f"asks for ({wanted}) of {node.meta['val'].dtype}"
+                    f"batch {number} does not fit: {name} is {tuple(leaf.shape)} of {leaf.dtype}, where the first "
+                    f"batch asks for ({wanted}) of {node.meta['val'].dtype}"
                 )

@@ -11,8 +11,8 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from ..aliases import argument
-from ..temporary import ChannelMask
 from ..program import Program
+from ..temporary import ChannelMask
 from .geometry import Geometry, geometry_of, is_contraction
 from .pair import Pair
 
@@ -67,7 +67,7 @@ class Site:
 
 
 def find_sites(pair: Pair, model: nn.Module) -> tuple[list[Site], dict[str, str]]:
-    """The layers of ``model``, the masked copy that ``pair.masked`` was captured from, in the order of their last
+    """The layers of ``model``, the masked copy that ``pair.masked`` was captured from, in the order of their first
     call, and those that are left alone, with the reason."""
     program = pair.masked
     calls: dict[str, list[fx.Node]] = {}
@@ -82,8 +82,7 @@ def find_sites(pair: Pair, model: nn.Module) -> tuple[list[Site], dict[str, str]
             left[layer] = site
         else:
             sites.append(site)
-    order = {node: number for number, node in enumerate(program.graph.nodes)}
-    return sorted(sites, key=lambda site: order[site.calls[-1].node]), left
+    return sites, left
 
 
 def _weight_node(node: fx.Node) -> fx.Node:
@@ -197,7 +196,7 @@ def writer(model: nn.Module, program: Program, name: str) -> Callable[[Tensor], 
         module = model.get_submodule(path)
     except AttributeError:
         return None
-    own = module._parameters.get(leaf)
+    own: Tensor | None = module._parameters.get(leaf)
     if own is None:
         own = module._buffers.get(leaf)
     if own is not None:
@@ -220,12 +219,14 @@ def _masked_parameter(module: nn.Module, leaf: str) -> tuple[Tensor, Tensor] | N
     """The parameter below a mask, and the mask: bool, True where it keeps."""
     if parametrize.is_parametrized(module, leaf):
         chain = module.parametrizations[leaf]  # type: ignore[index]
-        if all(isinstance(entry, ChannelMask) for entry in chain) and isinstance(chain.original, Tensor):
-            kept = torch.ones_like(chain.original, dtype=torch.bool)
-            for entry in chain:
-                kept = kept & entry.kept
-            return chain.original, kept
-        return None
+        masks = [entry for entry in chain if isinstance(entry, ChannelMask)]
+        below = getattr(chain, "original", None)
+        if not isinstance(below, Tensor) or len(masks) < len(chain):
+            return None
+        kept = torch.ones_like(below, dtype=torch.bool)
+        for entry in masks:
+            kept = kept & entry.kept
+        return below, kept
     original, mask = module._parameters.get(f"{leaf}_orig"), module._buffers.get(f"{leaf}_mask")
     return None if original is None or mask is None else (original, mask != 0)
 

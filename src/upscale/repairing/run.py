@@ -110,7 +110,7 @@ def _layers(
 def _checked_ridges(ridge: Any) -> tuple[float, ...]:
     if ridge == "auto" and isinstance(ridge, str):
         return RIDGES
-    if isinstance(ridge, bool) or not isinstance(ridge, numbers.Real) or not 0 <= ridge < math.inf:
+    if isinstance(ridge, bool) or not isinstance(ridge, numbers.Real) or not 0 <= float(ridge) < math.inf:
         raise InputError(f'ridge must be "auto" or a number, zero or more, not {ridge!r}')
     return (float(ridge),)
 
@@ -124,8 +124,8 @@ def _copied(model: Any) -> Any:
         return copy.deepcopy(model, memo)
     except Exception as error:
         raise UnsupportedModelError(
-            f"{type(model).__name__} cannot be copied ({error}), and repair returns a copy: build a second one and load "
-            "its weights"
+            f"{type(model).__name__} cannot be copied ({error}), and repair returns a copy. What cannot be copied is "
+            "usually a hook's or a wrapper's: take it off first"
         ) from error
 
 

@@ -96,7 +96,7 @@ class Geometry:
         index = torch.zeros(*places.shape, len(steps), dtype=torch.int64, device=places.device)
         inside = torch.ones_like(index, dtype=torch.bool)
         rest = places
-        coordinates = []
+        coordinates: list[Tensor] = []
         for size in reversed(out_size):
             coordinates.insert(0, rest % size)
             rest = rest // size
