@@ -22,6 +22,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import upscale
+from upscale.files import replacing
 from upscale.masking import Method
 
 from . import ROOT
@@ -127,13 +128,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def write(rows: Sequence[Row]) -> None:
     """``CSV``, whole or not at all."""
-    CSV.parent.mkdir(parents=True, exist_ok=True)
-    part = CSV.with_suffix(".part")
-    with part.open("w", newline="") as file:
+    with replacing(CSV) as draft, draft.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(asdict(rows[0])))
         writer.writeheader()
         writer.writerows(map(asdict, rows))
-    part.replace(CSV)
 
 
 if __name__ == "__main__":
