@@ -4,8 +4,8 @@
 
 Masks are L2 on the input side. Calibration is without labels: on CIFAR-10 the first 1,024 ``calib_images``, which are
 training images; on ImageNet, where the data has one image of each class and no others, the images of even number (500),
-and the test is on those of odd number. Elsewhere the test set is whole. Rows are written to ``benchmarks/out/repair.csv``
-after each network, the time being that of the repair alone."""
+and the test is on those of odd number. Elsewhere the test set is whole. Rows are written to
+``benchmarks/out/repair.csv`` one by one; the time is that of the repair alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import argparse
 import csv
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -38,11 +39,21 @@ _BATCH = {32: 128, 224: 25}  # by size of the image
 
 
 @dataclass(frozen=True)
+class Case:
+    """How a network is masked and repaired."""
+
+    method: Method
+    repair: Literal["ridge", "blockwise"]
+    amount: float
+
+
+@dataclass(frozen=True)
 class Row:
     """Top-1 in percent on ``images`` images; ``output_error``: see ``RepairReport.outputs``, after the repair."""
 
     network: str
     method: str
+    repair: str
     amount: float
     calibration: int
     images: int
@@ -73,18 +84,15 @@ def tested(name: str) -> Images:
     return images if NETS[name].dataset == "cifar10" else images.of(range(1, len(images), 2))
 
 
-def measured(
-    name: str, dense: nn.Module, batches: list[Tensor], images: Images, dense_top1: float, method: Method, amount: float
-) -> Row:
-    """Mask, repair, and run both over the test images."""
-    masked = upscale.mask(dense, batches[0][:2], amount=amount, method=method)
+def measured(name: str, dense: nn.Module, batches: list[Tensor], images: Images, before: float, case: Case) -> Row:
+    """Mask, repair, and run both over the test images. ``before``: the dense network's top-1."""
+    masked = upscale.mask(dense, batches[0][:2], amount=case.amount, method=case.method)
     start = time.perf_counter()
-    repaired = upscale.repair(masked, dense, batches)
+    repaired = upscale.repair(masked, dense, batches, method=case.repair)
     seconds = time.perf_counter() - start
-    found = [accuracy(f"{name} {method} {amount:.0%}", model, images) for model in (masked, repaired)]
-    samples = sum(map(len, batches))
-    error = repaired.repair_report.outputs[1]
-    return Row(name, method, amount, samples, len(images), dense_top1, *found, round(error, 5), round(seconds, 1))
+    found = [accuracy(f"{name} {case.method} {case.amount:.0%}", model, images) for model in (masked, repaired)]
+    error = round(repaired.repair_report.outputs[1], 5)
+    return Row(name, *astuple(case), sum(map(len, batches)), len(images), before, *found, error, round(seconds, 1))
 
 
 def accuracy(title: str, model: nn.Module, images: Images) -> float:
@@ -96,7 +104,7 @@ def table(rows: Sequence[Row]) -> Table:
     """All rows."""
     shown = Table(title="Top-1 (percent), without training and labels")
     for title in asdict(rows[0]):
-        shown.add_column(title, justify="left" if title in ("network", "method") else "right")
+        shown.add_column(title, justify="left" if title in ("network", "method", "repair") else "right")
     for row in rows:
         shown.add_row(*map(str, asdict(row).values()))
     return shown
@@ -107,6 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--nets", nargs="+", choices=list(NETS), default=list(DEFAULT))
     parser.add_argument("--amounts", nargs="+", type=float, default=list(AMOUNTS))
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--blockwise", action="store_true", help="fit blocks after the regressions")
     parser.add_argument("--limit", type=int, help="test on the first images only")
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -120,7 +129,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         dense_top1 = accuracy(f"{name} dense", dense, images)
         for amount in chosen.amounts:
             for method in chosen.methods:
-                rows.append(measured(name, dense, batches, images, dense_top1, method, amount))
+                case = Case(method, "blockwise" if chosen.blockwise else "ridge", amount)
+                rows.append(measured(name, dense, batches, images, dense_top1, case))
                 write(rows)
                 print(rows[-1], flush=True)
     Console().print(table(rows))

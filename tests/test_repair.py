@@ -16,9 +16,13 @@ from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
 import upscale
+from upscale.capture import capture
 from upscale.errors import InputError, NonFiniteError
+from upscale.program import module_path
+from upscale.repairing import blockwise
 from upscale.repairing import run as repairing
 from upscale.repairing.samples import HELD_OUT, _Ends
+from upscale.repairing.segments import find_segments
 
 
 def random_like(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -57,7 +61,7 @@ def assert_same(model: nn.Module, original: nn.Module, x: Tensor, tolerance: flo
     assert float((model(x) - wanted).abs().max()) <= tolerance * float(wanted.abs().max())
 
 
-# -- closed forms -------------------------------------------------------------------------------------------------------
+# -- closed forms ----------------------------------------------------------------------------------------------------
 
 
 def test_inputs_that_are_combinations_of_others_can_go() -> None:
@@ -236,7 +240,7 @@ def test_the_projections_of_attention() -> None:
     assert not repaired.attention.in_proj_weight[:, [0, 1, 5]].any()
 
 
-# -- how the data is given ----------------------------------------------------------------------------------------------
+# -- how the data is given -------------------------------------------------------------------------------------------
 
 
 def small() -> tuple[nn.Module, nn.Module, Tensor]:
@@ -330,7 +334,62 @@ def test_the_step_behind_an_activation_bounds_the_error() -> None:
         assert bool(((q - step).abs() <= (q - t).abs() + 1e-12).all())
 
 
-# -- masks that are computed --------------------------------------------------------------------------------------------
+# -- blocks ----------------------------------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(6, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)
+        self.conv2, self.bn2 = nn.Conv2d(6, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x + self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x))))))
+
+
+def residual() -> tuple[nn.Module, nn.Module, Tensor]:
+    """Two residual blocks and a head, a masked copy, and 64 examples."""
+    model = nn.Sequential(nn.Conv2d(3, 6, 1), Block(), Block(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4))
+    model = random_like(model)
+    masked = copy.deepcopy(model)
+    for block in (masked[1], masked[2]):
+        block.conv1.weight.data[:, ::2] = 0
+        block.conv2.weight.data[1::2] = 0
+    return model, masked, normal(64, 3, 6, 6)
+
+
+def test_segments_end_at_joins() -> None:
+    model, _, x = residual()
+    segments = find_segments(capture(model, (x[:2],)))
+    assert [module_path(segment.end) for segment in segments] == ["1", "2", "5"]
+    assert [sum(node.target is torch.ops.aten.conv2d.default for node in s.nodes) for s in segments] == [3, 2, 0]
+
+
+def test_blocks_are_fitted_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(repairing, "BLOCK_STEPS", 60)
+    model, masked, x = residual()
+    ridge = upscale.repair(masked, model, [x], progress=False)
+    both = upscale.repair(masked, model, x.split(24), method="blockwise", progress=False)
+    report = both.repair_report
+    assert [name for name, _, _ in report.blocks] == ["1", "2", "5"]
+    assert all(after <= before for _, before, after in report.blocks)
+    assert any(after < before for _, before, after in report.blocks) and "each block" in str(report)
+    assert report.outputs[1] < ridge.repair_report.outputs[1]
+    for name, value in masked.named_parameters():
+        assert not both.get_parameter(name)[value == 0].any()
+
+
+def test_a_fit_that_is_no_better_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(repairing, "BLOCK_STEPS", 5)
+    monkeypatch.setattr(blockwise, "_RATE", 10.0)
+    model, masked, x = residual()
+    ridge = upscale.repair(masked, model, [x], progress=False)
+    both = upscale.repair(masked, model, [x], method="blockwise", progress=False)
+    assert all(torch.equal(both.state_dict()[name], value) for name, value in ridge.state_dict().items())
+    assert all(after == before for _, before, after in both.repair_report.blocks)
+
+
+# -- masks that are computed -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["upscale", "torch"])
@@ -372,7 +431,7 @@ def test_what_is_no_layer_is_left_and_named() -> None:
     assert "second use" in report.left["table"] and "left as it is: table" in str(report)
 
 
-# -- bad input ----------------------------------------------------------------------------------------------------------
+# -- bad input -------------------------------------------------------------------------------------------------------
 
 
 def test_bad_input_is_refused_and_changes_nothing() -> None:
@@ -398,6 +457,7 @@ def test_bad_input_is_refused_and_changes_nothing() -> None:
         (InputError, "the first call that differs", lambda: upscale.repair(masked, other, [x])),
         (InputError, "ridge must be", lambda: upscale.repair(masked, model, [x], ridge=-1)),
         (InputError, "ridge must be", lambda: upscale.repair(masked, model, [x], ridge=True)),
+        (InputError, "method must be", lambda: upscale.repair(masked, model, [x], method="block")),
         (InputError, "fails on the example input", lambda: upscale.repair(masked, model, [x[:, :2]])),
     ]
     for error, message, call in cases:
@@ -418,7 +478,7 @@ def test_too_few_samples_are_counted() -> None:
         upscale.repair(masked, model, [normal(90, 20)], progress=False)
 
 
-# -- one call, and the documentation ------------------------------------------------------------------------------------
+# -- one call, and the documentation ---------------------------------------------------------------------------------
 
 
 def test_prune_repairs_and_exports() -> None:

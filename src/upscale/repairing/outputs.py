@@ -51,7 +51,7 @@ def _of(leaf: Tensor, chosen: Tensor) -> Tensor:
 
 
 def _held_out(inputs: Inputs, fixed: bool) -> Iterator[tuple[list[Tensor], Tensor | None]]:
-    """The held-out examples of each batch; or the whole batch and which examples of it those are, if it is ``fixed``."""
+    """The held-out examples of each batch; if its size is ``fixed``, the whole batch and which of it those are."""
     start = 0
     for leaves, size in zip(inputs.leaves, inputs.sizes, strict=True):
         chosen = is_held_out(torch.arange(start, start + size))
