@@ -23,7 +23,8 @@ class LayerRepair:
     """One layer.
 
     ``before``, ``after``: mean square of the difference to the target on held-out examples, with the masked weights
-    and with the new ones, on the same inputs, divided by the target's mean square about its mean. ``ridge``: the one
+    and with the new ones, on the same inputs, divided by the target's mean square about its mean; behind the
+    activation, where one follows and the weights were solved for. ``ridge``: the one
     that was chosen, None where the old weights were kept. ``samples``, ``unknowns``: rows of the regression, weights
     of one output.
     """

@@ -57,7 +57,7 @@ def gather(site: Site, frontier: Frontier, sizes: Sequence[int], seed: int, trie
 
     Places are drawn for each example by a generator of ``seed``, so that how examples are put into batches changes
     nothing, and neither does calling this again. If an activation cuts off what the layer writes and there are
-    solutions ``tried``, the targets are those for a step from the last of them: see :func:`_for_activation`.
+    solutions ``tried``, the targets are those for a step from the last of them: see :meth:`_Ends.step`.
     Raises ``NonFiniteError`` where a value is NaN or infinite.
     """
     gatherer = _Gatherer(site, frontier.tapes, sizes, seed, tried)
@@ -120,12 +120,11 @@ class _Gatherer:
         if ends.clamp is not None and len(rows):
             for number, solution in enumerate(self._tried):
                 found = torch.einsum("rgk,gmk->rgm", rows.double(), solution.weight).add_(solution.shift).flatten(1)
-                step = ends.step(found, target, added)
                 if moments is self._held:
-                    wrong = (found - step).square().sum(0).view(groups, -1)
+                    wrong = ends.error(found, target, added).square().sum(0).view(groups, -1)
                     self._wrong[number] = self._wrong[number] + wrong
             if self._tried:
-                target = step
+                target = ends.step(found, target, added)
         moments.add(rows, target.unflatten(1, (groups, -1)))
 
     def _ends(self, call: Call) -> _Ends:
@@ -176,15 +175,22 @@ class _Ends:
         """
         assert self.clamp is not None
         low, high = self.clamp
-        values, wanted = found + 0, target
-        if self.ours is not None:
-            values, wanted = values * self.ours.scale + self.ours.offset, wanted * self.ours.scale + self.ours.offset
-        values, wanted = values + added, wanted + added
+        values, wanted = self._arriving(found, added), self._arriving(target, added)
         best = torch.where(wanted <= low, values.clamp(max=low), wanted)
         best = torch.where(wanted >= high, values.clamp(min=high), best) - added
         if self.ours is not None:
             best = torch.where(self.ours.usable, (best - self.ours.offset) / self.ours.divisor, target)
         return best
+
+    def error(self, found: Tensor, target: Tensor, added: Tensor) -> Tensor:
+        """The difference behind the activation, in units of what the layer itself writes."""
+        assert self.clamp is not None
+        wrong = self._arriving(found, added).clamp(*self.clamp) - self._arriving(target, added).clamp(*self.clamp)
+        return wrong if self.ours is None else wrong / self.ours.divisor
+
+    def _arriving(self, written: Tensor, added: Tensor) -> Tensor:
+        """What arrives at the activation."""
+        return added + (written if self.ours is None else written * self.ours.scale + self.ours.offset)
 
 
 def _batch_dim(node: fx.Node) -> int:
