@@ -26,6 +26,7 @@ from .mask_objects import load_masks, save_masks
 from .masking import MaskingManager
 from .one_call import mask, prune
 from .plan import Target
+from .repairing import RepairReport, RepairWarning, repair
 from .rules import rule
 from .saving import load, save
 from .segment_objects import Segment
@@ -46,6 +47,8 @@ __all__ = [
     "NonFiniteError",
     "NothingToPruneError",
     "PruningManager",
+    "RepairReport",
+    "RepairWarning",
     "RuleError",
     "Segment",
     "Target",
@@ -63,6 +66,7 @@ __all__ = [
     "mask",
     "prune",
     "regularize",
+    "repair",
     "rule",
     "save",
     "save_masks",

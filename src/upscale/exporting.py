@@ -257,11 +257,11 @@ def make_report(
     )
 
 
-def attach_report(pruned: torch.fx.GraphModule, report: Report) -> None:
-    """Give the module its report so that it survives ``copy.deepcopy`` and, as text, ``pickle``."""
-    pruned.report = report  # type: ignore[assignment]
+def attach_report(pruned: torch.fx.GraphModule, report: Any, name: str = "report") -> None:
+    """Give the module a report so that it survives ``copy.deepcopy`` and, as text, ``pickle``."""
+    setattr(pruned, name, report)
     kept = pruned.meta.setdefault("_user_preserved_attributes", {})
-    kept["report"] = report
+    kept[name] = report
 
 
 __all__ = ["Compiled", "become", "compile_program", "export", "finish", "flat_call"]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -12,13 +12,14 @@ from torch import nn
 from .amounts import HALF, Amount, Ignored, Schedule, ignored_layers
 from .channels import Side
 from .errors import UnsupportedModelError
-from .exporting import export
+from .exporting import attach_report, export
 from .importance import Heuristic
 from .importance.torch_pruning import is_from_torch_pruning
 from .mask_arguments import Call, checked_model
 from .mask_groups import find_layers
 from .masking import MaskingManager, Method
 from .plan import Mode, Target
+from .repairing import repair
 
 __all__ = ["mask", "prune"]
 
@@ -78,25 +79,36 @@ def prune(
     target: Target | None = None,
     verify: bool = True,
     verbose: bool = False,
+    calibration: Iterable[Any] | None = None,
+    ridge: float | Literal["auto"] = "auto",
     **masking: Any,
 ) -> torch.fx.GraphModule:
-    """Mask a copy of ``model`` and export it: a smaller model, with a ``report`` of before and after.
+    """Mask a copy of ``model``, repair it if there is data, and export it: a smaller model, with a ``report``.
 
     Args:
         model, args, kwargs: as for :func:`mask`.
         dynamic_shapes, reads, target, verify: as for :func:`export`. A budget is met for the defaults of ``reads`` and
             ``target``.
-        verbose: print the report.
+        verbose: print the reports.
+        calibration: batches of inputs without labels; the remaining weights are then fitted to what ``model`` computes
+            on them, by :func:`repair`, whose ``repair_report`` the smaller model gets too. None: no repair.
+        ridge: see :func:`repair`.
         masking: what :func:`mask` takes, for instance ``flops=0.5`` or ``amount=0.3, method="contiguous"``.
 
     Raises:
-        What :func:`mask` and :func:`export` raise. ``model`` is untouched in every case.
+        What :func:`mask`, :func:`repair` and :func:`export` raise. ``model`` is untouched in every case.
     """
     masked = mask(model, args, kwargs, **masking)
+    report = None
+    if calibration is not None:
+        masked = repair(masked, checked_model(model), calibration, ridge)
+        report = masked.repair_report
     example = tuple(args) if isinstance(args, (tuple, list)) else (args,)
     pruned = export(masked, example, kwargs, dynamic_shapes=dynamic_shapes, reads=reads, target=target, verify=verify)
+    if report is not None:
+        attach_report(pruned, report, "repair_report")
     if verbose:
-        print(pruned.report)
+        print(pruned.report if report is None else f"{report}\n{pruned.report}")
     return pruned
 
 

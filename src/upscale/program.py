@@ -84,7 +84,7 @@ def steps(
     def converted(value: Any) -> Any:
         return dtype if dtype and isinstance(value, torch.dtype) and value.is_floating_point else value
 
-    dying = _last_uses(graph)
+    dying = last_uses(graph)
     values: dict[fx.Node, Any] = {}
     feed = iter(inputs)
     for node in graph.nodes:
@@ -107,7 +107,7 @@ def steps(
             values.pop(node, None)
 
 
-def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+def last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
     """For every node the values that nobody needs after it."""
     last_use: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:

@@ -17,7 +17,7 @@ from ..large import all_finite
 from ..observe import quietly_evaluated
 from .progress import progress_bar
 
-__all__ = ["FromBatches", "checked_batches", "feed"]
+__all__ = ["FromBatches", "call_of", "checked_batches", "feed"]
 
 
 def checked_batches(batches: Any) -> Iterable[Any]:
@@ -68,8 +68,7 @@ def feed(
     ):
         for batch in batches:
             moved = _on_device(batch, device)
-            args, kwargs = _call_of(model, count, moved)
-            _check_values(count, (args, kwargs))
+            args, kwargs = call_of(model, count, moved)
             with watch or contextlib.nullcontext():
                 output = _called(model, count, args, kwargs)
             if use is not None:
@@ -104,7 +103,14 @@ def _check_values(number: int, inputs: Any) -> None:
             raise NonFiniteError(f"batch {number} holds NaN or infinite values")
 
 
-def _call_of(model: nn.Module, number: int, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def call_of(model: nn.Module, number: int, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What batch ``number`` is for ``model``: positional and keyword arguments, without labels; see :func:`feed`."""
+    args, kwargs = _arguments(model, number, dict(batch) if isinstance(batch, Mapping) else batch)
+    _check_values(number, (args, kwargs))
+    return args, kwargs
+
+
+def _arguments(model: nn.Module, number: int, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     parameters = inspect.signature(model.forward).parameters.values()
     if isinstance(batch, Tensor):
         return (batch,), {}

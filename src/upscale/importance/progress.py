@@ -12,10 +12,11 @@ _PATIENCE = 2.0  # seconds until it appears
 
 
 @contextlib.contextmanager
-def progress_bar(title: str, total: int | None) -> Iterator[Callable[[], None]]:
+def progress_bar(title: str, total: int | None, shown: bool = True) -> Iterator[Callable[[], None]]:
     """A function to call after each of ``total`` steps (None: unknown how many).
 
-    It moves a bar on stderr that appears after two seconds and goes away at the end; none where stderr is no terminal.
+    It moves a bar on stderr that appears after two seconds and goes away at the end; none where stderr is no terminal,
+    or where it is not ``shown``.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -26,7 +27,7 @@ def progress_bar(title: str, total: int | None) -> Iterator[Callable[[], None]]:
     task = progress.add_task(title, total=total)
     timer = threading.Timer(_PATIENCE, progress.start)
     timer.daemon = True
-    if console.is_terminal:  # nothing but escape codes and empty lines would reach a file
+    if shown and console.is_terminal:  # nothing but escape codes and empty lines would reach a file
         timer.start()
     try:
         yield lambda: progress.advance(task)

@@ -1,0 +1,101 @@
+"""What a repair did, layer by layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from io import StringIO
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+__all__ = ["LayerRepair", "RepairReport", "RepairWarning"]
+
+_WIDEST = 10_000
+
+
+class RepairWarning(UserWarning):
+    """The data is thin for what is to be solved from it."""
+
+
+@dataclass(frozen=True)
+class LayerRepair:
+    """One layer.
+
+    ``before``, ``after``: mean square of the difference to the target on held-out examples, with the masked weights
+    and with the new ones, on the same inputs, divided by the target's mean square about its mean; behind the
+    activation, where one follows and the weights were solved for. ``ridge``: the one
+    that was chosen, None where the old weights were kept. ``samples``, ``unknowns``: rows of the regression, weights
+    of one output.
+    """
+
+    name: str
+    before: float
+    after: float
+    ridge: float | None
+    samples: int
+    unknowns: int
+
+
+@dataclass(frozen=True)
+class RepairReport:
+    """``layers`` in the order of repair; ``left``: layers that were not repaired, with the reason.
+
+    ``outputs``: mean square of the difference between the network's outputs and the original's on held-out examples,
+    divided by the original's mean square about its mean, before and after. ``recalibrated``: how far the batch norms'
+    statistics were moved to those of the calibration data, 0 (not at all) to 1; None where that was not tried.
+    ``blocks``: of ``method="blockwise"``, the error of each block after ridge regression and after the fit.
+    """
+
+    layers: tuple[LayerRepair, ...]
+    left: dict[str, str]
+    outputs: tuple[float, float]
+    recalibrated: float | None = None
+    blocks: tuple[tuple[str, float, float], ...] = ()
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        return self.render()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (str, (str(self),))  # a pickled model needs nothing of this library
+
+    def __deepcopy__(self, memo: Any) -> RepairReport:
+        return self
+
+    def render(self, width: int | None = None) -> str:
+        """The report as text, ``width`` characters wide; None: no line is broken."""
+        buffer = StringIO()
+        console = Console(file=buffer, width=width or _WIDEST, highlight=False)
+        console.print(self._table())
+        if self.blocks:
+            console.print(self._block_table())
+        for name, reason in self.left.items():
+            console.print(f"left as it is: {name} ({reason})")
+        if self.recalibrated is not None:
+            console.print(f"batch norm statistics moved by {self.recalibrated:.0%}")
+        console.print(
+            f"error of the network's outputs: {self.outputs[0]:.4g} before, {self.outputs[1]:.4g} after; "
+            f"{self.seconds:.1f} s"
+        )
+        return buffer.getvalue().rstrip("\n")
+
+    def _table(self) -> Table:
+        table = Table(title="Repair: error of each layer on held-out examples")
+        table.add_column("layer")
+        for title in ("before", "after", "ridge", "samples", "unknowns"):
+            table.add_column(title, justify="right")
+        for row in self.layers:
+            ridge = "kept" if row.ridge is None else f"{row.ridge:.0e}"
+            cells = (f"{row.before:.3g}", f"{row.after:.3g}", ridge, f"{row.samples:,}", f"{row.unknowns:,}")
+            table.add_row(row.name, *cells)
+        return table
+
+    def _block_table(self) -> Table:
+        table = Table(title="Error of each block on held-out examples")
+        table.add_column("up to")
+        for title in ("ridge", "fitted"):
+            table.add_column(title, justify="right")
+        for name, before, after in self.blocks:
+            table.add_row(name, f"{before:.3g}", f"{after:.3g}")
+        return table
