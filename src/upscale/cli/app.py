@@ -18,6 +18,8 @@ from .coverage import coverage
 from .errors import UsageError
 from .inspect import HELP as INSPECT_HELP
 from .inspect import inspect
+from .prune import HELP as PRUNE_HELP
+from .prune import prune
 from .reproduce import HELP as REPRODUCE_HELP
 from .reproduce import reproduce
 from .text import for_help
@@ -51,6 +53,7 @@ def _options(
 
 
 app.command(help=for_help(INSPECT_HELP), no_args_is_help=True)(inspect)
+app.command(help=for_help(PRUNE_HELP), no_args_is_help=True)(prune)
 app.command(help=for_help(ZOO_HELP))(zoo)
 app.command(help=for_help(BENCH_HELP))(bench)
 app.command(help=for_help(REPRODUCE_HELP))(reproduce)
