@@ -64,16 +64,19 @@ def test_the_file_is_the_masked_model(command: Command, tmp_path: Path, capsys: 
     assert loaded.report.parameters[1] < loaded.report.parameters[0]
 
 
-def test_budgets_sides_methods_and_names_reach_the_library(
-    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    more = ("--side", "output", "--method", "constrained", "--global", "--importance", "l1", "--ignore", "last")
-    assert command(*COMMON, "--params", 0.8, *more, "--json") == 0
+def test_sides_methods_and_names_reach_the_library(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
+    more = ("--side", "output", "--method", "constrained", "--importance", "l1", "--ignore", "last")
+    assert command(*COMMON, "--amount", 0.25, *more, "--json") == 0
     found = json.loads(capsys.readouterr().out)
-    kept, whole = found["report"]["parameters"][1], found["report"]["parameters"][0]
-    assert kept / whole == pytest.approx(0.8, abs=0.05)
     outputs = {row["name"]: row["outputs"] for row in found["report"]["layers"]}
-    assert outputs["last"][0] == outputs["last"][1] and found["written"] == []
+    assert outputs["stem"] == outputs["inner"] == [16, 12]
+    assert outputs["last"] == [24, 24] and found["written"] == []
+
+
+def test_a_budget_is_met(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(*COMMON, "--flops", 0.7, "--global", "--json") == 0
+    before, after = json.loads(capsys.readouterr().out)["report"]["flops"]
+    assert after / before == pytest.approx(0.7, abs=0.01)
 
 
 def test_zeros_that_are_there_are_taken(command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
