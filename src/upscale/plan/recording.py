@@ -31,6 +31,7 @@ class _Recorder:
         self.flow, self.kept, self.spaces = flow, kept, spaces
         self.steps = {node: step for step, node in enumerate(flow.nodes)}
         self.home, self.number = _numbered(flow, kept, spaces)
+        self.sizes = np.bincount(self.home[self.number >= 0], minlength=len(spaces))
         self.producers: dict[int, list[Port]] = defaultdict(list)
         self.readers: dict[int, list[SpaceReader]] = defaultdict(list)
         self.behind: set[Node] = set()  # hoisted chains that are shown as the read of the layer after them
@@ -55,7 +56,7 @@ class _Recorder:
         readers = sorted(self.readers[number], key=lambda r: (r.step, r.tensor))
         return Space(
             name,
-            int(((self.home == number) & (self.number >= 0)).sum()),
+            int(self.sizes[number]),
             tuple(self.number[self.spaces[number]].tolist()),
             tuple(self.producers[number]),
             tuple(readers),
@@ -174,10 +175,9 @@ def _numbered(flow: Flow, kept: Kept, spaces: tuple[np.ndarray, ...]) -> tuple[n
     nodes = sorted(kept.stored, key=lambda n: flow.nodes[n].kind in _PASSING)
     for node in nodes:
         _bring_home(home, kept.order[node])
-    first = _first_met(nodes, kept, originals)
-    for i in range(len(spaces)):
-        members = np.flatnonzero((home == i) & counted)
-        number[members[np.argsort(first[members], kind="stable")]] = np.arange(len(members))
+    members = np.flatnonzero(counted & (home >= 0))
+    members = members[np.lexsort((_first_met(nodes, kept, originals)[members], home[members]))]
+    number[members] = np.arange(len(members)) - np.searchsorted(home[members], home[members])
     return home, number
 
 

@@ -5,11 +5,15 @@ Plain data for reports. Lowering does not look at it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Port", "Space", "SpaceReader"]
+import numpy as np
+
+from .search import runs
+
+__all__ = ["Port", "Space", "SpaceReader", "flags"]
 
 
 @dataclass(frozen=True)
@@ -38,15 +42,21 @@ class SpaceReader:
     wanted: tuple[int, ...]
     present: tuple[int, ...] | None = None
 
-    def slices(self, order: Iterable[int]) -> int:
-        """How many runs of neighbouring channels this read has, where the tensor stands in ``order``."""
-        wanted, held = set(self.wanted), None if self.present is None else set(self.present)
-        count, inside = 0, False
-        for channel in order:
-            if held is None or channel in held:
-                count += channel in wanted and not inside
-                inside = channel in wanted
-        return count
+    def slices(self, order: Sequence[int] | np.ndarray) -> int:
+        """How many runs of neighbouring channels this read has, where the tensor's channels stand in ``order``."""
+        wanted = flags(order, self.wanted)[flags(order, self.present)]
+        return int(runs(wanted)) if len(wanted) else 0
+
+
+def flags(order: Sequence[int] | np.ndarray, chosen: Sequence[int] | None) -> np.ndarray:
+    """Per place of ``order``, whether its channel is one of ``chosen`` (None: of all); no channel is negative, but
+    for places that hold none."""
+    channels = np.asarray(order, dtype=np.int64)
+    if chosen is None:
+        return channels >= 0
+    table = np.zeros(max(int(channels.max(initial=-1)), max(chosen, default=-1)) + 2, dtype=bool)
+    table[list(chosen)] = True
+    return table[channels]  # the last entry, that of -1, is never set
 
 
 @dataclass(frozen=True)

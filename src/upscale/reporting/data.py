@@ -7,6 +7,8 @@ from collections import Counter, defaultdict
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
+
 from ..plan import Plan, Space
 from ..report import READ_TEXTS, LayerRow, Report
 
@@ -83,7 +85,7 @@ def _spaces(plan: Plan) -> list[dict[str, Any]]:
 
 def _space(plan: Plan, space: Space, tensors: Counter[tuple[str, str]]) -> dict[str, Any]:
     """``tensors``: how many tensors each read joins; its time is that of all of them together."""
-    original = space.original
+    original, order = np.array(space.original), np.array(space.order)
     readers = []
     for reader in space.readers:
         read = plan.reads.get(reader.key[0], {}).get(reader.key[1])
@@ -95,7 +97,7 @@ def _space(plan: Plan, space: Space, tensors: Counter[tuple[str, str]]) -> dict[
                 "tensor": reader.tensor,
                 "wanted": len(reader.wanted),
                 "present": len(space.order if reader.present is None else reader.present),
-                "slices": {"before": reader.slices(original), "after": reader.slices(space.order)},
+                "slices": {"before": reader.slices(original), "after": reader.slices(order)},
                 "read": "whole" if read is None else read.kind,
                 "nanoseconds": 0.0 if read is None else read.nanoseconds,
                 "tensors": tensors[reader.key],

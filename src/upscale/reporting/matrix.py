@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from itertools import groupby
+from collections.abc import Sequence
 
+import numpy as np
 from markupsafe import Markup
 
 from ..plan import Space
+from ..plan.shared import flags
 
 COLUMNS = (96, 480)  # fewest and most that one picture has
 STRIPES = 500_000  # columns times rows painted in one page, about
@@ -26,24 +27,20 @@ def sampling(space: Space, columns: int) -> int:
 
 def before(space: Space, columns: int, label: str) -> Markup:
     """All channels in original order; those that went leave a gap."""
-    stays = set(space.order)
-    return _picture(space, [c if c in stays else -1 for c in range(space.channels)], sampling(space, columns), label)
+    every = np.arange(space.channels)
+    return _picture(space, np.where(flags(every, space.order), every, -1), columns, label)
 
 
 def after(space: Space, columns: int, label: str) -> Markup:
     """The channels that stay, in their order."""
-    return _picture(space, list(space.order), sampling(space, columns), label)
+    return _picture(space, np.array(space.order, dtype=np.int64), columns, label)
 
 
-def _picture(space: Space, order: list[int], step: int, label: str) -> Markup:
+def _picture(space: Space, order: np.ndarray, columns: int, label: str) -> Markup:
     """Rows are one unit high, columns one unit wide; the page stretches both. Stripes are strokes: short to write."""
-    shown = order[::step]
-    held, wanted = [], []
-    for row, reader in enumerate(space.readers):
-        present = set(space.order if reader.present is None else reader.present)
-        mine = set(reader.wanted)
-        held.append(_stripes(row, [c in present for c in shown]))
-        wanted.append(_stripes(row, [c in mine for c in shown]))
+    shown = order[:: sampling(space, columns)]
+    held = [_stripes(row, flags(shown, reader.present)) for row, reader in enumerate(space.readers)]
+    wanted = [_stripes(row, flags(shown, reader.wanted)) for row, reader in enumerate(space.readers)]
     return Markup(
         '<svg role="img" aria-label="{label}" viewBox="0 0 {width} {height}" preserveAspectRatio="none">'
         '<path class="held" d="{held}"/><path class="wanted" d="{wanted}"/></svg>'
@@ -56,13 +53,12 @@ def _picture(space: Space, order: list[int], step: int, label: str) -> Markup:
     )
 
 
-def _stripes(row: int, flags: Iterable[bool]) -> str:
-    """One path command per run of set flags."""
-    parts, place, last = [], 0, None
-    for flag, run in groupby(flags):
-        length = sum(1 for _ in run)
-        if flag:
-            parts.append(f"M{place} {row}.5h{length}" if last is None else f"m{place - last} 0h{length}")
-            last = place + length
-        place += length
+def _stripes(row: int, chosen: np.ndarray) -> str:
+    """One path command per run of set flags: to its first column, and along it."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], chosen, [False]]).astype(np.int8))).tolist()
+    parts: list[str] = []
+    last = 0
+    for start, end in zip(edges[::2], edges[1::2], strict=True):
+        parts.append(f"m{start - last} 0h{end - start}" if parts else f"M{start} {row}.5h{end - start}")
+        last = end
     return "".join(parts)
