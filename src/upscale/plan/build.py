@@ -17,7 +17,6 @@ from .model import MODES, Choice, Contraction, Layout, Mode, Plan, Read
 from .reads import choose_read, price_of, widest_worth
 from .recording import record_spaces
 from .rounding import Rounding, rounded_up
-from .shared import Space
 from .sources import Located, locate
 from .spaces import find_parts, rank_classes
 from .streams import shrinking_sums
@@ -43,7 +42,8 @@ def make_plan(flow: Flow, mode: Mode = "auto", reorder: bool = True, setting: Se
     setting = setting or Setting()
     if mode != "auto":
         kept = decide_kept(flow, fuse=False, hoist=False, joins_whole=mode == "baseline")
-        return _recorded(_Builder(flow, kept, mode, False, setting))
+        builder = _Builder(flow, kept, mode, False, setting)
+        return builder.recorded(builder.run())
     sums = shrinking_sums(flow, setting)
     rounding = Rounding(flow, setting)
     kept = decide_kept(flow, fuse=True, hoist=True, rounding=rounding, shrinking=sums)
@@ -52,13 +52,9 @@ def make_plan(flow: Flow, mode: Mode = "auto", reorder: bool = True, setting: Se
     whole = dearer_than_whole(flow, kept, builder.copied, setting)
     if whole:
         kept = decide_kept(flow, fuse=True, hoist=True, whole=whole, rounding=rounding, shrinking=sums)
-        return _recorded(_Builder(flow, kept, mode, reorder, setting))
-    return replace(plan, spaces=builder.spaces())
-
-
-def _recorded(builder: _Builder) -> Plan:
-    plan = builder.run()
-    return replace(plan, spaces=builder.spaces())
+        builder = _Builder(flow, kept, mode, reorder, setting)
+        plan = builder.run()
+    return builder.recorded(plan)
 
 
 class _Builder:
@@ -101,9 +97,9 @@ class _Builder:
             self.ranking.orders,
         )
 
-    def spaces(self) -> tuple[Space, ...]:
-        """The spaces of the plan, for reports."""
-        return record_spaces(self.flow, self.kept, self.ranking.spaces)
+    def recorded(self, plan: Plan) -> Plan:
+        """``plan`` with its spaces, for reports."""
+        return replace(plan, spaces=record_spaces(self.flow, self.kept, self.ranking.spaces))
 
     # -- layouts ------------------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from ..report import Report
 from .data import as_data
 from .numbers import change, microseconds, percent, short
 
+CELL = ' style="text-align:left;padding:2px 14px 2px 0"'
 MOST_LAYERS = 200
 MOST_REMARKS = 20
 
@@ -59,6 +60,6 @@ def _remarks(data: dict[str, Any]) -> str:
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    top = "".join(f"<th>{escape(name)}</th>" for name in head)
-    body = "".join("<tr>" + "".join(f"<td>{escape(str(v))}</td>" for v in row) + "</tr>" for row in rows)
+    top = "".join(f"<th{CELL}>{escape(name)}</th>" for name in head)
+    body = "".join("<tr>" + "".join(f"<td{CELL}>{escape(str(v))}</td>" for v in row) + "</tr>" for row in rows)
     return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
