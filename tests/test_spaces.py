@@ -70,6 +70,7 @@ def test_readers_want_what_their_weights_use(reads: str, seed: int) -> None:
     wanted = {r.layer: r.wanted for r in a.readers}
     assert wanted["b"] == columns(model.b) and wanted["d"] == columns(model.d)
     if reads == "auto":  # the join is read through: its parts are spaces of their own
+        assert [r.layer for r in a.readers] == ["b", "c", "d"]  # the chain before c is c's read, not one of its own
         assert b is not None and wanted["c"] == columns(model.c, 0, 12)
         assert {r.layer: r.wanted for r in b.readers} == {"c": columns(model.c, 12)}
         assert (a.channels, b.channels) == (12, 8)
@@ -100,6 +101,34 @@ def test_a_residual_stream_is_one_space_with_all_its_producers() -> None:
         layer = model.get_submodule(reader.layer) if "(" not in reader.layer else None
         if isinstance(layer, nn.Conv2d):
             assert reader.wanted == columns(layer)
+
+
+class Summed(nn.Module):
+    """Two layers added, two that read the sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Conv2d(i, 12, 1) for i in (3, 3, 12, 12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """A sum of what both read."""
+        y = torch.relu(self.a(x) + self.b(x))
+        return self.c(y) + self.d(y)
+
+
+def test_a_channel_that_one_producer_lacks_keeps_its_number() -> None:
+    torch.manual_seed(0)
+    model = Summed().eval()
+    with torch.no_grad():
+        for layer, gone in ((model.a, [2, 7]), (model.b, [4, 7])):
+            layer.weight[gone], layer.bias[gone] = 0.0, 0.0  # type: ignore[index]
+        model.c.weight[:, [0, 3]] = 0
+        model.d.weight[:, [1, 5, 9]] = 0
+    sums = spaces(model)["a"]
+    assert [p.layer for p in sums.producers] == ["a", "b"] and sums.channels == 12
+    assert set(sums.order) == set(range(12)) - {7}
+    wanted = {r.layer: set(r.wanted) for r in sums.readers if "(" not in r.layer}
+    assert wanted == {"c": set(range(12)) - {0, 3, 7}, "d": set(range(12)) - {1, 5, 7, 9}}
 
 
 def test_channels_a_tensor_lacks_part_no_slice() -> None:
