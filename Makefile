@@ -22,7 +22,7 @@ help:
 	@echo "make bench    pruned models timed against the unpruned one and the floor: two models, a minute or two"
 	@echo "make matrix   every network x every mask (long)"
 	@echo "make zoo      every model of torchvision, timm and transformers (hours), written to docs/coverage.md"
-	@echo "make accuracy top-1 of trained networks, masked in every way (hours; resumes), written to docs/accuracy.md"
+	@echo "make accuracy top-1 of trained networks, masked in every way (hours; resumes), written to docs/accuracy"
 	@echo "make results  accuracy and latency on real trained networks, written to docs/results.md"
 
 # A half-made environment is started afresh: only the stamp says that it is whole.
@@ -61,6 +61,12 @@ matrix: $(STAMP)
 
 zoo: $(STAMP)
 	-$(BIN)/upscale zoo --out benchmarks/out/coverage.csv --markdown docs/coverage.md
+
+accuracy: $(STAMP)
+	$(BIN)/upscale reproduce --methods unconstrained,constrained,contiguous --importance l2 --amounts .1,.25,.5 \
+		--images all --out docs/accuracy
+	$(BIN)/upscale reproduce --methods unconstrained,constrained,contiguous --importance l2 --out docs/accuracy
+	$(BIN)/upscale reproduce --out docs/accuracy
 
 results: $(STAMP)
 	$(RUN) -m benchmarks.results
