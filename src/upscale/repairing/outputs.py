@@ -11,7 +11,7 @@ from ..program import run
 from .pair import Inputs, Pair
 from .samples import is_held_out
 
-__all__ = ["Outputs"]
+__all__ = ["Outputs", "batch_is_fixed", "examples_of"]
 
 
 class Outputs:
@@ -21,9 +21,7 @@ class Outputs:
     """
 
     def __init__(self, pair: Pair, inputs: Inputs) -> None:
-        placeholders = [node for node in pair.masked.graph.nodes if node.op == "placeholder"]
-        fixed = all(isinstance(size, int) for node in placeholders for size in node.meta["val"].shape[:1])
-        self._pair, self._batches = pair, list(_held_out(inputs, fixed))
+        self._pair, self._batches = pair, list(_held_out(inputs, batch_is_fixed(pair)))
         self._wanted = [_leaves(run(pair.original, leaves), chosen) for leaves, chosen in self._batches]
         everything = torch.cat(
             [leaf.flatten().double() for batch in self._wanted for leaf in batch] or [torch.zeros(1)]
@@ -39,12 +37,18 @@ class Outputs:
         return wrong / self._scale if self._scale > 0 else wrong
 
 
+def batch_is_fixed(pair: Pair) -> bool:
+    """Whether capture fixed the first size of every input."""
+    placeholders = [node for node in pair.masked.graph.nodes if node.op == "placeholder"]
+    return all(isinstance(size, int) for node in placeholders for size in node.meta["val"].shape[:1])
+
+
 def _leaves(outputs: tuple[object, ...], chosen: Tensor | None) -> list[Tensor]:
     found = [leaf for leaf in outputs if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-    return found if chosen is None else [_of(leaf, chosen) for leaf in found]
+    return found if chosen is None else [examples_of(leaf, chosen) for leaf in found]
 
 
-def _of(leaf: Tensor, chosen: Tensor) -> Tensor:
+def examples_of(leaf: Tensor, chosen: Tensor) -> Tensor:
     """The chosen examples of what has one entry an example."""
     has_batch = leaf.dim() > 0 and leaf.shape[0] == len(chosen)
     return leaf[chosen.to(leaf.device)] if has_batch else leaf
@@ -57,5 +61,5 @@ def _held_out(inputs: Inputs, fixed: bool) -> Iterator[tuple[list[Tensor], Tenso
         chosen = is_held_out(torch.arange(start, start + size))
         start += size
         if bool(chosen.any()):
-            used = leaves if fixed else [_of(leaf, chosen) for leaf in leaves]
+            used = leaves if fixed else [examples_of(leaf, chosen) for leaf in leaves]
             yield [leaf.to(inputs.device) for leaf in used], chosen if fixed else None
