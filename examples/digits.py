@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from demo.demo import Digits, DigitNet, accuracy, load_digits
+from demo.demo import DigitNet, Digits, accuracy, load_digits
 
 __all__ = ["DigitNet", "Digits", "accuracy", "calibration", "load_digits", "train", "trained"]
 

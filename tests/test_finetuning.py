@@ -29,7 +29,7 @@ def steps(model: nn.Module, count: int = 4, seed: int = 0, **options: Any) -> li
     optimiser = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, **options)
     losses = []
     model.train()
-    for step in range(count):
+    for _ in range(count):
         loss = nn.functional.cross_entropy(model(image(6, seed=seed)), torch.arange(6) % 5)
         optimiser.zero_grad()
         loss.backward()

@@ -173,3 +173,45 @@ def test_through_wrappers_and_in_float32() -> None:
     wrapped = torch.compile(model, backend="eager")
     assert upscale.recalibrate(wrapped, batches) is wrapped
     torch.testing.assert_close(model.bn1.running_var, reference.get_submodule("bn1").running_var)
+
+
+class FixedBatch(nn.Module):
+    """Takes four examples and no other number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.offset = nn.Parameter(torch.zeros(4, 1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(self.norm(self.conv(x)) + self.offset)
+
+
+def test_repair_takes_the_same_statistics_without_held_out_examples() -> None:
+    """A batch of which one example is left has no variance and is skipped; counters stay."""
+    model = dense(nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Sigmoid(), nn.Linear(8, 4)))
+    x = torch.randn(50, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    upscale.recalibrate(model, [x])
+    wrong = copy.deepcopy(model)
+    wrong[1].running_var.mul_(9)
+    wrong[1].num_batches_tracked.fill_(7)
+    wrong[3].weight.data[:, 0] = 0
+    parts = [x[:2], x[2:20], x[20:]]  # examples 1, 9, 17, ... are held out
+    used = [torch.stack([x[i] for i in range(a, b) if i % 8 != 1]) for a, b in ((2, 20), (20, 50))]
+    repaired = upscale.repair(wrong, model, parts, ridge=1e9, progress=False)
+    assert repaired.repair_report.recalibrated == 1 and repaired[1].num_batches_tracked == 7
+    wanted = upscale.recalibrate(copy.deepcopy(wrong), used)
+    torch.testing.assert_close(repaired[1].running_var, wanted[1].running_var, rtol=1e-9, atol=0)
+    assert upscale.repair(wrong, model, list(x.split(1)), progress=False).repair_report.recalibrated is None
+
+
+def test_repair_leaves_statistics_where_the_batch_is_fixed() -> None:
+    """Its examples that are not held out cannot be run by themselves."""
+    model = dense(FixedBatch())
+    wrong = copy.deepcopy(model)
+    wrong.norm.running_var.mul_(9)
+    wrong.conv.weight.data[0] = 0
+    batches = [image(4, seed=seed) for seed in range(3)]
+    repaired = upscale.repair(wrong, model, batches, ridge=1e9, progress=False)
+    assert repaired.repair_report.recalibrated is None
+    assert torch.equal(repaired.norm.running_var, wrong.norm.running_var)

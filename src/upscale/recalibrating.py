@@ -99,7 +99,7 @@ class Averages(AbstractContextManager[None]):
         for norm, count in self._counts.items():
             norm.training, norm.momentum, norm.num_batches_tracked = True, None, count
             if not count:
-                norm.reset_running_stats()
+                norm.reset_running_stats()  # counts as a write to the buffers; those of batch_norm itself do not
 
     def __exit__(self, *error: object) -> None:
         for (norm, count), (momentum, counter) in zip(self._counts.items(), self._kept, strict=True):

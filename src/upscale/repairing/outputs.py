@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from ..program import run
+from .examples import has_fixed_batch
 from .pair import Inputs, Pair
 from .samples import is_held_out
 
-__all__ = ["Outputs", "batch_is_fixed", "examples_of"]
+__all__ = ["Outputs", "examples_of"]
 
 
 class Outputs:
@@ -21,7 +22,7 @@ class Outputs:
     """
 
     def __init__(self, pair: Pair, inputs: Inputs) -> None:
-        self._pair, self._batches = pair, list(_held_out(inputs, batch_is_fixed(pair)))
+        self._pair, self._batches = pair, list(_held_out(inputs, has_fixed_batch(pair.masked)))
         self._wanted = [_leaves(run(pair.original, leaves), chosen) for leaves, chosen in self._batches]
         everything = torch.cat(
             [leaf.flatten().double() for batch in self._wanted for leaf in batch] or [torch.zeros(1)]
@@ -35,12 +36,6 @@ class Outputs:
             for got, target in zip(_leaves(run(self._pair.masked, leaves), chosen), wanted, strict=True):
                 wrong += float((got.double() - target.double()).square().sum())
         return wrong / self._scale if self._scale > 0 else wrong
-
-
-def batch_is_fixed(pair: Pair) -> bool:
-    """Whether capture fixed the first size of every input."""
-    placeholders = [node for node in pair.masked.graph.nodes if node.op == "placeholder"]
-    return all(isinstance(size, int) for node in placeholders for size in node.meta["val"].shape[:1])
 
 
 def _leaves(outputs: tuple[object, ...], chosen: Tensor | None) -> list[Tensor]:

@@ -11,7 +11,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..observe import quietly_evaluated
 from ..recalibrating import Averages, Statistics, tracking_norms
 from ..signature import call_with
-from .outputs import Outputs, batch_is_fixed, examples_of
+from .examples import has_fixed_batch
+from .outputs import Outputs, examples_of
 from .pair import Inputs, Pair
 from .samples import is_held_out
 
@@ -30,7 +31,7 @@ def recalibrated(pair: Pair, model: nn.Module, inputs: Inputs, outputs: Outputs)
     """
     shared = {id(tensor) for tensor in pair.masked.tensors.values()}
     norms = [norm for norm in tracking_norms(model).values() if id(norm.running_mean) in shared]
-    if not norms or batch_is_fixed(pair):
+    if not norms or has_fixed_batch(pair.masked):
         return None
     present = {norm: _statistics(norm) for norm in norms}
     averages = Averages(norms)
