@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import torch
@@ -30,20 +31,24 @@ def run(rank: int, folder: str) -> None:
     """Train an exported model with ``DistributedDataParallel`` and leave its state in ``folder``."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    try:
-        model = pruned()
-        with torch.no_grad():
-            model.get_parameter("fc.bias").add_(rank)  # made equal by the wrapper
-        model.eval()  # statistics fixed, so that one process with all examples must do the same
-        wrapped = nn.parallel.DistributedDataParallel(model)
-        optimiser = torch.optim.SGD(wrapped.parameters(), lr=0.02, momentum=0.9)
-        train(wrapped, optimiser, rank)
-        torch.save(model.state_dict(), Path(folder) / f"fixed-{rank}.pt")
-        model.train()
-        train(wrapped, optimiser, rank)
-        torch.save(model.state_dict(), Path(folder) / f"trained-{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+    _both_stages(rank, Path(folder))
+    gc.collect()  # the wrapper must be gone before the group that it uses is
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _both_stages(rank: int, folder: Path) -> None:
+    model = pruned()
+    with torch.no_grad():
+        model.get_parameter("fc.bias").add_(rank)  # made equal by the wrapper
+    model.eval()  # statistics fixed, so that one process with all examples must do the same
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    optimiser = torch.optim.SGD(wrapped.parameters(), lr=0.02, momentum=0.9)
+    train(wrapped, optimiser, rank)
+    torch.save(model.state_dict(), folder / f"fixed-{rank}.pt")
+    model.train()
+    train(wrapped, optimiser, rank)
+    torch.save(model.state_dict(), folder / f"trained-{rank}.pt")
 
 
 def train(model: nn.Module, optimiser: torch.optim.Optimizer, rank: int) -> None:
