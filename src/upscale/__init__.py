@@ -26,6 +26,7 @@ from .mask_objects import load_masks, save_masks
 from .masking import MaskingManager
 from .one_call import mask, prune
 from .plan import Target
+from .recalibrating import recalibrate
 from .repairing import RepairReport, RepairWarning, repair
 from .rules import rule
 from .saving import load, save
@@ -65,6 +66,7 @@ __all__ = [
     "load_masks",
     "mask",
     "prune",
+    "recalibrate",
     "regularize",
     "repair",
     "rule",

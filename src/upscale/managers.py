@@ -14,11 +14,14 @@ from .capture import capture
 from .errors import InputError
 from .exporting import become, check_finite, check_replaceable, compile_program, finish, take_training_flags
 from .flow import analyse_flow
+from .mask_groups import find_layers
 from .masks import checked, grown, zeroed_by_name
 from .plan import Mode, Target
 from .program import Program
 from .raising import raise_program
 from .setting import checked_target
+from .temporary import put_on
+from .zeroing import zero_channels
 
 
 class PruningManager:
@@ -100,9 +103,17 @@ class PruningManager:
         assert self._captured is not None
         return _copied(self._captured, type(self._model).__name__)
 
-    def get_mock_model(self) -> torch.fx.GraphModule:
-        """The model with the masks applied, unpruned in shape and trainable: what pruning must reproduce."""
-        return _copied(self._computed(), type(self._model).__name__)
+    def get_mock_model(self, masks_on: bool = False) -> torch.fx.GraphModule:
+        """The model with the masks applied, unpruned in shape and trainable: what pruning must reproduce.
+
+        ``masks_on``: keep channels of convolutions, linear layers and batch norms that are zero at zero while it is
+        trained, by parametrisations as those of ``MaskingManager.mask(permanent=False)``; :func:`upscale.export` takes
+        it as it is afterwards. Else the zeros are plain values, which an optimiser moves.
+        """
+        mock = _copied(self._computed(), type(self._model).__name__)
+        if masks_on:
+            put_on(mock, zero_channels(mock, find_layers(mock).values()))
+        return mock
 
     def _computed(self) -> Program:
         if self._masked is None:

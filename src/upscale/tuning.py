@@ -19,14 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .accept import unwrap
 from .errors import InputError
 from .files import replacing
+from .importance.progress import progress_bar
 from .machine import processor
 from .observe import quietly_evaluated
 from .plan import Rates, Target
@@ -101,11 +100,10 @@ def _measure(layers: list[tuple[nn.Module, Tensor, float]], device: torch.device
         "load": bench.load,
     }
     found: dict[str, float] = {}
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("measuring this device", total=len(steps) + 1)
+    with progress_bar("measuring this device", len(steps) + 1) as advance:
         for name, step in steps.items():
             found[name] = max(0.0, step(found))
-            progress.advance(task)
+            advance()
         multiple = bench.multiple()
     return {"rates": found, "round_to": multiple}
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
-from .channels import Side, channel_count, entries_of
+from .channels import Side, channel_count, entries_of, norm_per_channel
 from .errors import InputError, UnsupportedModelError
 
-__all__ = ["Zeros", "put_back_on_error", "refuse_computed", "refuse_regrowth", "write", "zeros_of"]
+__all__ = ["Zeros", "put_back_on_error", "refuse_computed", "refuse_regrowth", "write", "zero_channels", "zeros_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +51,21 @@ def zeros_of(layer: nn.Module, side: Side, channels: Tensor, norms: Sequence[nn.
             if row is not None:
                 found.append(Zeros(module, slot, chosen.to(row.device)))
     return found
+
+
+def zero_channels(model: nn.Module, layers: Iterable[nn.Module]) -> list[Zeros]:
+    """What is zero already: channels of either side of ``layers`` and of the model's batch norms, with the biases of
+    the output side where these are zero too."""
+    found = []
+    for layer in layers:
+        for side in get_args(Side):
+            nothing = norm_per_channel(layer, side, 1) == 0
+            entries = zeros_of(layer, side, nothing.nonzero().flatten(), [])
+            found += [Zeros(e.module, e.slot, e.where & (e.tensor.detach() == 0)) for e in entries]
+    for norm in (m for m in model.modules() if isinstance(m, _BatchNorm) and m.affine):
+        nothing = (norm.weight.detach() == 0) & (norm.bias.detach() == 0)
+        found += [Zeros(norm, slot, nothing) for slot in ("weight", "bias")]
+    return [entry for entry in found if bool(entry.where.any())]
 
 
 def write(zeros: Iterable[Zeros]) -> None:

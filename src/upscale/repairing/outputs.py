@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from ..program import run
+from .examples import has_fixed_batch
 from .pair import Inputs, Pair
 from .samples import is_held_out
 
-__all__ = ["Outputs"]
+__all__ = ["Outputs", "examples_of"]
 
 
 class Outputs:
@@ -21,9 +22,7 @@ class Outputs:
     """
 
     def __init__(self, pair: Pair, inputs: Inputs) -> None:
-        placeholders = [node for node in pair.masked.graph.nodes if node.op == "placeholder"]
-        fixed = all(isinstance(size, int) for node in placeholders for size in node.meta["val"].shape[:1])
-        self._pair, self._batches = pair, list(_held_out(inputs, fixed))
+        self._pair, self._batches = pair, list(_held_out(inputs, has_fixed_batch(pair.masked)))
         self._wanted = [_leaves(run(pair.original, leaves), chosen) for leaves, chosen in self._batches]
         everything = torch.cat(
             [leaf.flatten().double() for batch in self._wanted for leaf in batch] or [torch.zeros(1)]
@@ -41,10 +40,10 @@ class Outputs:
 
 def _leaves(outputs: tuple[object, ...], chosen: Tensor | None) -> list[Tensor]:
     found = [leaf for leaf in outputs if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-    return found if chosen is None else [_of(leaf, chosen) for leaf in found]
+    return found if chosen is None else [examples_of(leaf, chosen) for leaf in found]
 
 
-def _of(leaf: Tensor, chosen: Tensor) -> Tensor:
+def examples_of(leaf: Tensor, chosen: Tensor) -> Tensor:
     """The chosen examples of what has one entry an example."""
     has_batch = leaf.dim() > 0 and leaf.shape[0] == len(chosen)
     return leaf[chosen.to(leaf.device)] if has_batch else leaf
@@ -57,5 +56,5 @@ def _held_out(inputs: Inputs, fixed: bool) -> Iterator[tuple[list[Tensor], Tenso
         chosen = is_held_out(torch.arange(start, start + size))
         start += size
         if bool(chosen.any()):
-            used = leaves if fixed else [_of(leaf, chosen) for leaf in leaves]
+            used = leaves if fixed else [examples_of(leaf, chosen) for leaf in leaves]
             yield [leaf.to(inputs.device) for leaf in used], chosen if fixed else None

@@ -93,7 +93,7 @@ def repair(
         outputs = Outputs(pair, inputs)
         before = outputs.error()
         layers = _layers(pair, sites, inputs, ridges, seed, progress)
-        moved = recalibrated(pair, repaired, inputs, outputs, _KEPT) if recalibrate else None
+        moved = recalibrated(pair, repaired, inputs, outputs) if recalibrate else None
         blocks: tuple[BlockFit, ...] = ()
         if method == "blockwise":
             blocks = fit_blocks(pair, repaired, inputs, _KEPT, BLOCK_STEPS, seed, progress)
