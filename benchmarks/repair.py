@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, astuple, dataclass
 from typing import Literal
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 import upscale
 from upscale.files import replacing
 from upscale.masking import Method
+from upscale.reproduce.images import load_dataset
 
 from . import ROOT
 from .data import Images, predictions, test_set, top1
@@ -68,9 +68,9 @@ def calibration(name: str) -> list[Tensor]:
     """Batches without labels, none of whose images are among those of :func:`tested`."""
     net = NETS[name]
     if net.dataset == "cifar10":
-        with np.load(shared() / "data" / "cifar10.npz", allow_pickle=False) as file:
-            pixels = file["calib_images"][:_CALIBRATION]
-        images = Images(pixels.__getitem__, torch.zeros(len(pixels)), net.normalisation)
+        data = load_dataset(shared() / "data", net.recipe.data, net.recipe.view).calibration
+        assert data is not None
+        images = data.first(_CALIBRATION)
     else:
         images = test_set(name)
         images = images.of(range(0, len(images), 2))

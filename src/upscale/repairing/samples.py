@@ -15,7 +15,7 @@ from .geometry import gathered
 from .moments import Moments
 from .norms import Affine, affine_of
 from .sites import Call, Site
-from .tape import Frontier, State, Tape
+from .tape import Frontier, State
 
 __all__ = ["HELD_OUT", "Samples", "Solution", "Sums", "is_held_out"]
 
