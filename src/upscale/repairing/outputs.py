@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..program import run
+from .examples import has_fixed_batch
 from .pair import Inputs, Pair
 from .samples import is_held_out
 
@@ -21,9 +22,7 @@ class Outputs:
     """
 
     def __init__(self, pair: Pair, inputs: Inputs) -> None:
-        placeholders = [node for node in pair.masked.graph.nodes if node.op == "placeholder"]
-        fixed = all(isinstance(size, int) for node in placeholders for size in node.meta["val"].shape[:1])
-        self._pair, self._batches = pair, list(_held_out(inputs, fixed))
+        self._pair, self._batches = pair, list(_held_out(inputs, has_fixed_batch(pair.masked)))
         self._wanted = [_leaves(run(pair.original, leaves), chosen) for leaves, chosen in self._batches]
         everything = torch.cat(
             [leaf.flatten().double() for batch in self._wanted for leaf in batch] or [torch.zeros(1)]

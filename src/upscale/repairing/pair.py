@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.experimental.symbolic_shapes import has_free_symbols
 from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
@@ -124,12 +125,12 @@ def _check_sizes(program: Program, batches: Sequence[Sequence[Tensor]]) -> None:
     placeholders = [node for node in program.graph.nodes if node.op == "placeholder"]
     for number, leaves in enumerate(batches):
         for node, leaf, name in zip(placeholders, leaves, program.signature.names, strict=True):
-            sizes = node.meta["val"].shape
+            sizes = node.meta["val"].shape  # of those that torch found to be fixed some are symbols by type
             fits = leaf.dim() == len(sizes) and all(
-                not isinstance(size, int) or size == here for size, here in zip(sizes, leaf.shape, strict=True)
+                has_free_symbols(size) or size == here for size, here in zip(sizes, leaf.shape, strict=True)
             )
             if not fits or leaf.dtype != node.meta["val"].dtype:
-                wanted = ", ".join(str(size) if isinstance(size, int) else "any" for size in sizes)
+                wanted = ", ".join("any" if has_free_symbols(size) else str(size) for size in sizes)
                 raise InputError(
                     f"batch {number} does not fit: {name} is {tuple(leaf.shape)} of {leaf.dtype}, where the first "
                     f"batch asks for ({wanted}) of {node.meta['val'].dtype}"

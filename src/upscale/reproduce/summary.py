@@ -23,11 +23,11 @@ _INTRODUCTION = """\
 Last written by `{command}`.
 
 Every network is masked, exported and verified, and the exported network is evaluated: nothing is trained. Where it says
-*+ ridge*, the weights that masks have left were fitted by `upscale.repair` to what the dense network computes, on images
-without labels that are not evaluated on; elsewhere nothing is repaired.
+*+ ridge*, the weights that masks have left were fitted by `upscale.repair` to what the dense network computes, without
+labels, on images that are not evaluated on; elsewhere nothing is repaired.
 
-*Unconstrained*: every layer masks channels of its own. *Constrained*: layers on a shared tensor mask the
-same channels. *Contiguous*: every layer its own, as long as one order gives each of them a slice.
+*Unconstrained*: every layer masks channels of its own. *Constrained*: layers on a shared tensor mask the same channels.
+*Contiguous*: every layer its own, as long as one order gives each of them a slice.
 
 **Gain**: points of top-1 above constrained masks of the same network, importance, side and repair, in the mean over the
 amounts (*equal amount*), or over the range of FLOPs or latency that both curves have, linear between their points and
