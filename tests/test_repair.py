@@ -22,9 +22,11 @@ from upscale.program import module_path
 from upscale.repairing import blockwise
 from upscale.repairing import run as repairing
 from upscale.repairing.examples import Examples
+from upscale.repairing.moments import Regression
 from upscale.repairing.pair import capture_pair, collect
 from upscale.repairing.samples import HELD_OUT, _Ends
 from upscale.repairing.segments import find_segments
+from upscale.repairing.solve import _ByPattern
 
 
 def random_like(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -206,6 +208,36 @@ def test_a_layer_that_joins_makes_up_for_what_it_joins() -> None:
     model, x = random_like(Sum()), normal(80, 6)
     repaired = upscale.repair(zeroed(model, first__weight=(slice(None), [0, 3])), model, [x], 0.0, progress=False)
     assert_same(repaired, model, x)
+
+
+def test_zeros_scattered_over_the_outputs_equal_least_squares() -> None:
+    """Each output has some of its own, beside those of all: one inverse serves all outputs."""
+    model, x = random_like(nn.Sequential(nn.Linear(30, 40))), normal(400, 6)
+    x = x @ normal(6, 30, seed=2) + 0.3 * normal(400, 30, seed=4)  # neighbours can stand in for each other
+    generator = torch.Generator().manual_seed(3)
+    masked = zeroed(model, **{"0__weight": (slice(None), slice(4))})
+    for row in masked[0].weight.data:
+        row[torch.randperm(30, generator=generator)[: int(torch.randint(5, (), generator=generator))]] = 0
+    repaired = upscale.repair(masked, model, [x], 0.0, progress=False)
+    used = x[~held_out(len(x))]
+    for row, kept in enumerate(masked[0].weight != 0):
+        design = torch.cat([used[:, kept], torch.ones(len(used), 1)], 1)
+        wanted = torch.linalg.lstsq(design, model(used)[:, row]).solution
+        torch.testing.assert_close(repaired[0].weight[row, kept], wanted[:-1], rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(repaired[0].bias[row], wanted[-1], rtol=1e-8, atol=1e-10)
+        assert not repaired[0].weight[row, ~kept].any()
+
+
+def test_scattered_zeros_are_solved_as_one_by_one() -> None:
+    root = normal(1, 80, 12)
+    problem = Regression(root.mT @ root, normal(1, 12, 20, seed=2))
+    kept = torch.rand(1, 20, 12, generator=torch.Generator().manual_seed(0)) > 0.1
+    solver = _ByPattern(problem, kept, 0)
+    found = solver._constrained(0.0)
+    assert found is not None
+    torch.testing.assert_close(found, solver._one_by_one(0.0), rtol=1e-10, atol=1e-12)
+    singular = Regression(torch.ones(1, 12, 12, dtype=torch.float64), problem.right)
+    assert _ByPattern(singular, kept, 0)._constrained(0.0) is None
 
 
 class Twice(nn.Module):
