@@ -18,7 +18,7 @@ from ..importance.batches import call_of
 from ..program import Program, where
 from ..signature import Argument, bind
 
-__all__ = ["Inputs", "Pair", "capture_pair", "check_same_layers", "collect"]
+__all__ = ["Inputs", "Pair", "capture_pair", "check_same_layers", "collect", "paired_with_itself"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,9 +72,7 @@ def capture_pair(masked: nn.Module, original: nn.Module, inputs: Inputs) -> Pair
 
     Raises ``InputError`` where the networks differ in structure, or a batch in a size that the capture fixed.
     """
-    args, kwargs = pytree.tree_map(
-        lambda leaf: leaf.to(inputs.device) if isinstance(leaf, Tensor) else leaf, inputs.first
-    )
+    args, kwargs = _moved(inputs)
     programs = capture(masked, args, kwargs), capture(original, args, kwargs)
     calls = [[node for node in program.graph.nodes if node.op == "call_function"] for program in programs]
     for one, other in zip(*calls, strict=False):
@@ -88,6 +86,22 @@ def capture_pair(masked: nn.Module, original: nn.Module, inputs: Inputs) -> Pair
     _check_sizes(programs[0], inputs.leaves)
     inner = [[n for n in program.graph.nodes if n.op == "placeholder"] for program in programs]
     return Pair(*programs, dict(zip([*inner[0], *calls[0]], [*inner[1], *calls[1]], strict=True)))
+
+
+def paired_with_itself(model: nn.Module, inputs: Inputs) -> Pair:
+    """``model`` as both networks. Raises ``InputError`` where a batch does not fit what was captured."""
+    args, kwargs = _moved(inputs)
+    program = capture(model, args, kwargs)
+    _check_sizes(program, inputs.leaves)
+    return Pair(program, program, {node: node for node in program.graph.nodes})
+
+
+def _moved(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The first batch, on the model's device."""
+    args, kwargs = pytree.tree_map(
+        lambda leaf: leaf.to(inputs.device) if isinstance(leaf, Tensor) else leaf, inputs.first
+    )
+    return args, kwargs
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -23,10 +23,10 @@ _SINGULAR = 1e-12  # of the largest: eigenvalues of sums of products in float64 
 def changes(problem: Regression, kept: Tensor, ridges: Sequence[float]) -> Iterator[Tensor]:
     """For each of ``ridges`` the change (groups, M, K) of the weights that fits best; zero where not ``kept``.
 
-    ``kept``: bool (groups, M, K). A ridge is relative to the mean of the Gram matrix's diagonal over what is kept
-    (what any output keeps, where each has few zeros of its own): the solution of ``(G + ridge * mean(diag G) I) d = right``, the change that a penalty on ``|d|^2`` leaves. So a
-    large ridge keeps the weights that are there (Hoerl and Kennard 1970, "Ridge Regression", with the prior at the
-    present weights in place of zero).
+    ``kept``: bool (groups, M, K). A ridge is relative to the mean of the Gram matrix's diagonal over what is kept (by
+    any output, where each has few zeros of its own): the solution of ``(G + ridge * mean(diag G) I) d = right``, the
+    change that a penalty on ``|d|^2`` leaves. So a large ridge keeps the weights that are there (Hoerl and Kennard
+    1970, "Ridge Regression", with the prior at the present weights in place of zero).
     """
     groups, _, unknowns = kept.shape
     alone = groups > 1 and unknowns <= _SMALL

@@ -26,7 +26,7 @@ __all__ = [
 DENSE = "dense"
 METHODS = ("unconstrained", "constrained", "contiguous")
 RIDGE = "ridge"
-IMPORTANCES = ("l1", "l2", "lamp", "fpgm", "hrank", "bn_scale", "activation", "random")
+IMPORTANCES = ("l1", "l2", "lamp", "fpgm", "hrank", "bn_scale", "activation", "obs", "random")
 
 
 @dataclass(frozen=True)
