@@ -49,12 +49,13 @@ def test_each_removal_is_the_one_that_costs_least(monkeypatch: pytest.MonkeyPatc
 
 @torch.no_grad()
 def test_channels_that_others_make_up_for_go_first_however_large() -> None:
-    model = nn.Sequential(nn.Conv2d(4, 5, 3, bias=False)).double().eval()
-    model[0].weight[:, 1] *= 30
+    model = nn.Sequential(nn.Conv2d(4, 4, 1, bias=False), nn.Conv2d(4, 5, 3, bias=False)).double().eval()
+    nn.init.dirac_(model[0].weight)
+    model[1].weight[:, :2] *= 3
     x = normal(64, 4, 6, 6)
-    x[:, 1] = 0.5 * x[:, 0]  # channel 1 is a copy, with the largest weights
-    found = scored(model, [x])["0"]
-    assert found.argmin() in (0, 1) and found.sort().values[0] < 0.1 * found.sort().values[1]
+    x[:, 1] = 0.5 * x[:, 0]  # channel 1 is a copy of channel 0, both with the largest weights
+    found = scored(model, [x], **{"1": model[1]})["1"]
+    assert found.argmin() in (0, 1) and found.sort().values[0] < 0.5 * found.sort().values[1]
     masked = upscale.mask(model, x[:2], amount=0.25, importance=upscale.OBS([x]))
     repaired = upscale.repair(masked, model, [x], progress=False)
     assert repaired.repair_report.outputs[1] < 1e-6
