@@ -62,7 +62,7 @@ def repair(
         original: the network before masking, on the same device.
         batches: an iterable of batches: tensors, tuples or dicts, as for
             :func:`upscale.importance.batches.feed`; labels are ignored. All of them are held in memory for the
-            time of the call, where they lie, and 1 GiB of activations beside them at most.
+            time of the call, where they lie, and 2 GiB of activations and rows beside them at most.
         ridge: the penalty on a weight's change, relative to the mean square of what the layer reads; ``"auto"``: for
             each layer the one of ``RIDGES`` that is best on held-out examples.
         recalibrate: also try to take the batch norms' statistics anew from the calibration data, and keep what brings

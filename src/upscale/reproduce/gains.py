@@ -60,7 +60,14 @@ def curves(rows: Sequence[Row]) -> list[Curve]:
         if row.method != DENSE and row.top1 is not None and row.group in dense:
             found.setdefault((row.group, row.importance, row.side, row.method, row.repair), []).append(row)
     return [
-        Curve(points[0].model, *how[1:], (dense[how[0]], *sorted(points, key=lambda row: row.amount)))
+        Curve(
+            points[0].model,
+            how[1],
+            how[2],
+            how[3],
+            how[4],
+            (dense[how[0]], *sorted(points, key=lambda row: row.amount)),
+        )
         for how, points in found.items()
     ]
 
