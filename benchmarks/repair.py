@@ -24,6 +24,7 @@ from torch import Tensor, nn
 import upscale
 from upscale.files import replacing
 from upscale.masking import Method
+from upscale.repairing.blockwise import BLOCK_STEPS
 from upscale.reproduce.images import load_dataset
 
 from . import ROOT
@@ -44,6 +45,7 @@ class Case:
 
     method: Method
     repair: Literal["ridge", "blockwise"]
+    steps: int  # of blockwise
     amount: float
 
 
@@ -54,6 +56,7 @@ class Row:
     network: str
     method: str
     repair: str
+    steps: int
     amount: float
     calibration: int
     images: int
@@ -88,7 +91,7 @@ def measured(name: str, dense: nn.Module, batches: list[Tensor], images: Images,
     """Mask, repair, and run both over the test images. ``before``: the dense network's top-1."""
     masked = upscale.mask(dense, batches[0][:2], amount=case.amount, method=case.method)
     start = time.perf_counter()
-    repaired = upscale.repair(masked, dense, batches, method=case.repair)
+    repaired = upscale.repair(masked, dense, batches, method=case.repair, steps=case.steps or BLOCK_STEPS)
     seconds = time.perf_counter() - start
     found = [accuracy(f"{name} {case.method} {case.amount:.0%}", model, images) for model in (masked, repaired)]
     error = round(repaired.repair_report.outputs[1], 5)
@@ -116,6 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--amounts", nargs="+", type=float, default=list(AMOUNTS))
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--blockwise", action="store_true", help="fit blocks after the regressions")
+    parser.add_argument("--steps", type=int, default=BLOCK_STEPS, help="of the fit of blocks")
     parser.add_argument("--limit", type=int, help="test on the first images only")
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -129,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         dense_top1 = accuracy(f"{name} dense", dense, images)
         for amount in chosen.amounts:
             for method in chosen.methods:
-                case = Case(method, "blockwise" if chosen.blockwise else "ridge", amount)
+                case = Case(method, *(("blockwise", chosen.steps) if chosen.blockwise else ("ridge", 0)), amount)
                 rows.append(measured(name, dense, batches, images, dense_top1, case))
                 write(rows)
                 print(rows[-1], flush=True)

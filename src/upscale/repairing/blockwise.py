@@ -31,7 +31,7 @@ __all__ = ["BLOCK_STEPS", "BlockFit", "fit_blocks"]
 
 BLOCK_STEPS = 1000
 _EXAMPLES = 32  # of a step
-_RATE = 1e-3
+_RATE = 3e-3
 _SHIFT = 8  # images move by an eighth of their size at most
 BlockFit = tuple[str, float, float]
 
