@@ -12,7 +12,7 @@ RUN := $(BIN)/python
 export OMP_NUM_THREADS ?= 1
 export KINETO_LOG_LEVEL ?= 6
 
-.PHONY: help venv demo test check format fuzz bench matrix results accuracy zoo wheel clean
+.PHONY: help venv demo test check format fuzz bench matrix results accuracy zoo docs wheel clean
 
 help:
 	@echo "make demo     train a small net on scikit-learn's digits, mask it, export it, compare"
@@ -20,16 +20,17 @@ help:
 	@echo "make check    ruff (lint, format) and mypy"
 	@echo "make fuzz     random networks for SECONDS=60, masked against exported; failures go to fuzz-failures/"
 	@echo "make bench    pruned models timed against the unpruned one and the floor: two models, a minute or two"
+	@echo "make docs     the documentation as a site, in build/site"
 	@echo "make matrix   every network x every mask (long)"
 	@echo "make zoo      every model of torchvision, timm and transformers (hours), written to docs/coverage.md"
-	@echo "make accuracy top-1 of trained networks, masked in every way (hours; resumes), written to docs/accuracy.md"
+	@echo "make accuracy top-1 of trained networks, masked in every way (hours; resumes), written to docs/accuracy"
 	@echo "make results  accuracy and latency on real trained networks, written to docs/results.md"
 
 # A half-made environment is started afresh: only the stamp says that it is whole.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear $(VENV)
 	$(RUN) -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
-	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[zoo,demo,onnx,reproduce,ray,dev]"
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[zoo,demo,onnx,reproduce,ray,docs,dev]"
 	touch $@
 
 venv: $(STAMP)
@@ -62,8 +63,17 @@ matrix: $(STAMP)
 zoo: $(STAMP)
 	-$(BIN)/upscale zoo --out benchmarks/out/coverage.csv --markdown docs/coverage.md
 
+accuracy: $(STAMP)
+	$(BIN)/upscale reproduce --methods unconstrained,constrained,contiguous --importance l2 --amounts .1,.25,.5 \
+		--images all --out docs/accuracy
+	$(BIN)/upscale reproduce --methods unconstrained,constrained,contiguous --importance l2 --out docs/accuracy
+	$(BIN)/upscale reproduce --out docs/accuracy
+
 results: $(STAMP)
 	$(RUN) -m benchmarks.results
+
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --quiet
 
 wheel: $(STAMP)
 	$(RUN) -m build --wheel --no-isolation

@@ -3,8 +3,9 @@
 ``python -m benchmarks.roundtrip [--networks resnet18 swin_t] [--mask both-25] [--reads auto] [--out FILE.csv]``
 
 float32, 64 pixels where the architecture allows it. Each network is masked, exported and saved in one process, and
-loaded from both files (``.safetensors`` into a freshly built network, ``.pt2`` by itself) in another. The exit status
-is 1 where an output differs in any bit (for ``.pt2``: by more than 1e-4), or where a file could not be loaded."""
+loaded from both files (``.safetensors`` into a freshly built network, ``.pt2`` by itself) in another. It is written as
+ONNX too, and run there in ONNX Runtime. The exit status is 1 where an output differs in any bit (for ``.pt2`` and ONNX:
+by more than 1e-4, relative), or where a file could not be loaded."""
 
 from __future__ import annotations
 
@@ -45,6 +46,7 @@ class Row:
     load_s: float = float("nan")
     difference: float = float("nan")
     program_difference: float = float("nan")
+    onnx_difference: float = float("nan")
     detail: str = ""
 
 
@@ -58,6 +60,7 @@ def store(name: str, mask: str, reads: str, folder: Path) -> None:
     upscale.save(pruned, folder / "model.safetensors")
     seconds = time.perf_counter() - started
     upscale.save(pruned, folder / "model.pt2")
+    upscale.to_onnx(pruned, folder / "model.onnx")
     y = torch.randn(input_shape(name, 3, 64))
     weights = sum(t.nbytes for t in [*pruned.parameters(), *pruned.buffers()])
     with torch.no_grad():
@@ -65,7 +68,7 @@ def store(name: str, mask: str, reads: str, folder: Path) -> None:
 
 
 def fetch(name: str, folder: Path) -> None:
-    """Load one network from both files and compare; prints the two largest differences and the seconds."""
+    """Load one network from its files and compare; prints the largest differences and the seconds."""
     seen = torch.load(folder / "seen.pt")
     torch.manual_seed(1)
     fresh = build(name)
@@ -77,8 +80,18 @@ def fetch(name: str, folder: Path) -> None:
     seconds = time.perf_counter() - started
     program = upscale.load(folder / "model.pt2")
     with torch.no_grad():
-        differences = [_difference(seen["out"], _tensors(m(seen["x"]))) for m in (model, program)]
-    print(*differences, seconds)
+        exact = _difference(seen["out"], _tensors(model(seen["x"])))
+        relative = [
+            _relative(seen["out"], found) for found in (_tensors(program(seen["x"])), _in_onnx(folder, seen["x"]))
+        ]
+    print(exact, *relative, seconds)
+
+
+def _in_onnx(folder: Path, x: Tensor) -> list[Tensor]:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
+    return [torch.from_numpy(out) for out in session.run(None, {session.get_inputs()[0].name: x.numpy()})]
 
 
 def _tensors(value: object) -> list[Tensor]:
@@ -89,6 +102,11 @@ def _difference(expected: list[Tensor], actual: list[Tensor]) -> float:
     if [a.shape for a in expected] != [b.shape for b in actual]:
         return float("inf")
     return max(0.0 if torch.equal(a, b) else float((a - b).abs().max()) for a, b in zip(expected, actual, strict=True))
+
+
+def _relative(expected: list[Tensor], actual: list[Tensor]) -> float:
+    largest = max(float(a.abs().max()) for a in expected)
+    return _difference(expected, actual) / largest
 
 
 def examine(name: str, mask: str, reads: str) -> Row:
@@ -103,12 +121,14 @@ def examine(name: str, mask: str, reads: str) -> Row:
             if result.returncode:
                 row.detail = f"{worker}: {result.stderr.strip().splitlines()[-1][:200] if result.stderr else '?'}"
                 return row
-        row.difference, row.program_difference, row.load_s = map(float, result.stdout.split()[-3:])
+        found = map(float, result.stdout.split()[-4:])
+        row.difference, row.program_difference, row.onnx_difference, row.load_s = found
         seen = torch.load(folder / "seen.pt")
         row.weights, row.save_s = seen["weights"], seen["save_s"]
         sizes = [(folder / f"model.{kind}").stat().st_size for kind in ("safetensors", "pt2")]
         row.beyond, row.program_beyond = (100 * (size / row.weights - 1) for size in sizes)
-    row.outcome = "same" if row.difference == 0 and row.program_difference <= 1e-4 else "FAILED"
+    close = max(row.program_difference, row.onnx_difference) <= 1e-4
+    row.outcome = "same" if row.difference == 0 and close else "FAILED"
     return row
 
 
@@ -116,11 +136,11 @@ def table(rows: list[Row]) -> str:
     """All rows as text."""
     lines = [
         f"{'network':20} {'outcome':8} {'weights MB':>10} {'file +%':>8} {'pt2 +%':>8} {'save s':>7} {'load s':>7} "
-        f"{'diff':>8} {'pt2 diff':>9}"
+        f"{'diff':>8} {'pt2 diff':>9} {'onnx diff':>9}"
     ]
     lines += [
         f"{r.network:20} {r.outcome:8} {r.weights / 1e6:10.2f} {r.beyond:8.2f} {r.program_beyond:8.2f} {r.save_s:7.2f} "
-        f"{r.load_s:7.2f} {r.difference:8.1e} {r.program_difference:9.1e}  {r.detail}"
+        f"{r.load_s:7.2f} {r.difference:8.1e} {r.program_difference:9.1e} {r.onnx_difference:9.1e}  {r.detail}"
         for r in rows
     ]
     return "\n".join(lines)

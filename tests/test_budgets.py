@@ -408,3 +408,14 @@ def test_a_budget_without_an_example_says_what_is_missing() -> None:
     model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 4), nn.Linear(4, 4))
     with pytest.raises(InputError, match="a budget.*example_inputs="):
         MaskingManager(model).mask(flops=0.5)
+
+
+def test_zeros_that_are_there_already_are_told() -> None:
+    """Freshly built networks may end their branches in batch norms of weight 0: nothing of them is needed."""
+    model = network(Residual)
+    nn.init.zeros_(model.two.weight)
+    nn.init.zeros_(model.two.bias)
+    before = fingerprint(model)
+    with pytest.raises(InputError, match="with nothing masked: zeros that the model has already"):
+        MaskingManager(model, example_inputs=IMAGE).mask(flops=0.9)
+    assert fingerprint(model) == before

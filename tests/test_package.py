@@ -50,6 +50,7 @@ def test_the_wheel_works_outside_the_checkout(tmp_path: Path) -> None:
     packages = {path.parent.relative_to(ROOT / "src").as_posix() for path in (ROOT / "src").rglob("__init__.py")}
     assert {name.rsplit("/", 1)[0] for name in names if name.endswith("__init__.py")} == packages
     assert {"upscale/py.typed", "upscale/zoo/timm_models.json"} <= set(names)
+    assert {"upscale/reporting/page.css", "upscale/reporting/page.html.j2"} <= set(names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert "upscale = upscale.cli:main" in scripts
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "PYTHONSAFEPATH": "1"}

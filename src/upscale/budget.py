@@ -168,6 +168,8 @@ def _unreachable(budget: Budget, found: Found, tolerance: float, size: int) -> s
     nearest = f"the nearest that these masks reach is {budget.kind}={found.left:.4g}"
     if len(found.chosen) == size:
         advice = "with every channel masked that may be; try another side= or method=, or a shorter ignore="
+    elif not found.chosen and found.left < budget.left:
+        advice = "with nothing masked: zeros that the model has already, such as batch norms of weight 0, leave no more"
     else:
         advice = "as single channels are too large a step"
     return f"{budget} cannot be met within {100 * tolerance:g} %: {nearest}, {advice}. Nothing was masked"

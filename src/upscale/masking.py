@@ -59,7 +59,8 @@ class MaskingManager:
         masks are for the input side. For the channels that several layers read they choose one order, and for
         each layer an interval of it, that together retain much of the importance: at least as much as
         constrained masks of the same sizes, and all that unconstrained ones retain where one or two layers read
-        what one layer writes. Of a flattened tensor whole channels are masked, not single pixels.
+        what one layer writes (in several steps, this holds for the first). Of a flattened tensor whole channels are
+        masked, not single pixels.
     is_global:
         Rank all layers' channels together (each layer's scores divided by their root mean square, so that
         layers of different scale compare, but for LAMP's, which do by themselves) instead of taking the same

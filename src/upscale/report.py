@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from io import StringIO
 from math import prod
+from os import PathLike
 from typing import Any
 
 import torch
@@ -71,6 +73,42 @@ class Report:
         data = {k: v for k, v in self.__dict__.items() if k not in ("plan", "layers")}
         return data | {"layers": [asdict(row) for row in self.layers]}
 
+    def to_json(self) -> str:
+        """The report for machines: a JSON object with ``"format": "upscale-report"`` and a ``"version"``.
+
+        Holds what :meth:`to_dict` holds and, of the plan: reads by kind with their modelled cost, orders, and for each
+        shared tensor its channels, producers and readers. Keys are only added within a version.
+        """
+        from .reporting import as_data
+
+        return json.dumps(as_data(self), allow_nan=False)
+
+    def to_html(self, path: str | PathLike[str], latency: Mapping[str, float] | None = None) -> None:
+        """Write the report as one page that needs nothing else: no network, no script, no other file.
+
+        The page shows totals, the network's shared tensors with their producers and readers, for each of them which
+        reader takes which channels before and after ordering, layers, reads with their modelled cost, barriers and
+        what was kept. The same report gives the same bytes. An existing file is replaced when the new one is whole.
+
+        Args:
+            path: where to write; its folder must exist.
+            latency: measured times to show, name -> milliseconds, in this order; the others are compared with the
+                first.
+
+        Raises:
+            InputError: the folder does not exist, the file cannot be written, or a latency is no positive number.
+            ImportError: jinja2 is missing (``pip install "upscale-pruning[report]"``).
+        """
+        from .reporting import write_page
+
+        write_page(self, path, latency)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        from .reporting import as_cell
+
+        return as_cell(self)
+
     def render(self, width: int | None = None) -> str:
         """The report as text, ``width`` characters wide; None: no name in the table and no line is broken."""
         buffer = StringIO()
@@ -125,7 +163,7 @@ class Report:
 
 
 #: What the kinds of reads mean; those that copy say so.
-_READS = {
+READ_TEXTS = {
     "whole": "the tensor as it is",
     "view": "one slice",
     "gather": "copies by index",
@@ -137,7 +175,7 @@ _WIDEST = 250  # characters; the table takes what it needs
 
 
 def _read_text(kind: str) -> str:
-    return f"{kind} ({_READS[kind]})" if kind in _READS else kind
+    return f"{kind} ({READ_TEXTS[kind]})" if kind in READ_TEXTS else kind
 
 
 def _change(before: float, after: float) -> str:

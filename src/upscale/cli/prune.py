@@ -88,7 +88,9 @@ Masked = Annotated[
     bool, typer.Option("--masked", help="Weights have their zeros already: only export.", rich_help_panel=_WHAT)
 ]
 ReadsOption = Annotated[Reads, typer.Option(help="How layers get their channels.", rich_help_panel=_HOW)]
-Batch = Annotated[int | None, typer.Option(min=1, help="Batch size that is planned for.", rich_help_panel=_HOW)]
+Batch = Annotated[
+    int | None, typer.Option(min=1, help="Batch size planned for. [default: of --inputs; else 1]", rich_help_panel=_HOW)
+]
 FormatOption = Annotated[Format | None, typer.Option("--memory-format", help="The same.", rich_help_panel=_HOW)]
 BackendOption = Annotated[Backend, typer.Option("--backend", help="The same.", rich_help_panel=_HOW)]
 RoundTo = Annotated[int, typer.Option(min=1, help="Channel counts are multiples of it.", rich_help_panel=_HOW)]
@@ -186,7 +188,7 @@ def prune(
     _check_files({"--out": out, "--onnx": onnx, "--report": report}, force)
     _check_images(importance, data, evaluate, repair, masked)
     target = upscale.Target(
-        batch=batch,
+        batch=batch if inputs or batch else 1,  # the examples of libraries are of two
         memory_format=None if memory_format is None else memory_format.value,
         backend=backend.value,
         round_to=round_to,

@@ -4,6 +4,7 @@ from .build import make_plan
 from .cost import Setting
 from .model import MODES, Choice, Contraction, Layout, Mode, Piece, Plan, Read
 from .rates import Rates, guessed_rates, on_backend
+from .shared import Port, Space, SpaceReader
 from .target import Target
 
 __all__ = [
@@ -14,9 +15,12 @@ __all__ = [
     "Mode",
     "Piece",
     "Plan",
+    "Port",
     "Rates",
     "Read",
     "Setting",
+    "Space",
+    "SpaceReader",
     "Target",
     "guessed_rates",
     "make_plan",

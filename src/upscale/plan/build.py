@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from torch.fx import Node
 
@@ -12,6 +14,7 @@ from .cost import Setting, memory_of
 from .keep import Kept, decide_kept
 from .model import MODES, Choice, Contraction, Layout, Mode, Plan, Read
 from .reads import choose_read, price_of, widest_worth
+from .recording import record_spaces
 from .rounding import Rounding, rounded_up
 from .sources import Located, locate
 from .spaces import find_parts, rank_classes
@@ -38,7 +41,8 @@ def make_plan(flow: Flow, mode: Mode = "auto", reorder: bool = True, setting: Se
     setting = setting or Setting()
     if mode != "auto":
         kept = decide_kept(flow, fuse=False, hoist=False, joins_whole=mode == "baseline")
-        return _Builder(flow, kept, mode, False, setting).run()
+        builder = _Builder(flow, kept, mode, False, setting)
+        return builder.recorded(builder.run())
     sums = shrinking_sums(flow, setting)
     rounding = Rounding(flow, setting)
     kept = decide_kept(flow, fuse=True, hoist=True, rounding=rounding, shrinking=sums)
@@ -47,15 +51,16 @@ def make_plan(flow: Flow, mode: Mode = "auto", reorder: bool = True, setting: Se
     whole = dearer_than_whole(flow, kept, builder.copied, setting)
     if whole:
         kept = decide_kept(flow, fuse=True, hoist=True, whole=whole, rounding=rounding, shrinking=sums)
-        plan = _Builder(flow, kept, mode, reorder, setting).run()
-    return plan
+        builder = _Builder(flow, kept, mode, reorder, setting)
+        plan = builder.run()
+    return builder.recorded(plan)
 
 
 class _Builder:
     def __init__(self, flow: Flow, kept: Kept, mode: Mode, reorder: bool, setting: Setting) -> None:
         self.flow, self.kept, self.mode, self.setting = flow, kept, mode, setting
         self.reorder = reorder
-        self.rank, self.orders = rank_classes(flow, kept, reorder, setting)
+        self.ranking = rank_classes(flow, kept, reorder, setting)
         self.parts = find_parts(flow, kept)
         self.positions: dict[Node, np.ndarray] = {}  # layout of every stored tensor
         self.physical: dict[Node, np.ndarray] = {}  # original position -> place in the layout
@@ -88,8 +93,12 @@ class _Builder:
             dead,
             self.flow.barriers(),
             tuple(self.choices),
-            self.orders,
+            self.ranking.orders,
         )
+
+    def recorded(self, plan: Plan) -> Plan:
+        """``plan`` with its spaces, for reports."""
+        return replace(plan, spaces=record_spaces(self.flow, self.kept, self.ranking.spaces))
 
     # -- layouts ------------------------------------------------------------------------------------------------
 
@@ -105,7 +114,7 @@ class _Builder:
             mine = np.flatnonzero(self.kept.kept[node][units])
             positions = mine
             if self.reorder and node not in self.kept.ordered:
-                rank = self.rank[self.kept.order[node][units[mine]]]
+                rank = self.ranking.rank[self.kept.order[node][units[mine]]]
                 positions = mine[np.lexsort((mine, rank, self._parts(node)[mine]))]
         self.positions[node] = positions
         self.physical[node] = np.full(f.channels.size, -1)
@@ -124,7 +133,7 @@ class _Builder:
         unit = f.channels.units[np.arange(count) * inner]  # of every channel of the operand
         mine = np.flatnonzero(self.kept.kept[node][unit])
         if self.reorder:
-            mine = mine[np.lexsort((mine, self.rank[self.kept.order[node][unit[mine]]]))]
+            mine = mine[np.lexsort((mine, self.ranking.rank[self.kept.order[node][unit[mine]]]))]
         grid = np.arange(outer)[:, None, None] * count + mine[None, :, None]
         return (grid * inner + np.arange(inner)).reshape(-1)
 

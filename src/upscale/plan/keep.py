@@ -183,7 +183,7 @@ class _Decision:
 
     def _want(self, link: Link, wanted: np.ndarray, tie: bool, reader: FlowNode | None) -> None:
         """Record that positions ``wanted`` (of the reader's side) of a link are read; ``tie``: all that is kept."""
-        mine, theirs = _pairs(link, wanted)
+        mine, theirs = pairs_of(link, wanted)
         found = locate(self.flow, self.virtual, link, theirs)
         for i, source in enumerate(found.tensors):
             if source not in self.base or (link.anchored and source is link.operand):
@@ -287,13 +287,13 @@ class _Decision:
         self._need(f.links[0], self.grouped[f.node], flags)
 
     def _need(self, link: Link, wanted: np.ndarray, flags: np.ndarray) -> None:
-        found = locate(self.flow, self.virtual, link, _pairs(link, wanted)[1])
+        found = locate(self.flow, self.virtual, link, pairs_of(link, wanted)[1])
         for i, source in enumerate(found.tensors):
             if source in self.base and not link.anchored:
                 flags[self._slots(source, found.position[found.which == i])] = True
 
 
-def _pairs(link: Link, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def pairs_of(link: Link, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Positions of the reader and of the operand that meet in a link, where the reader's are ``wanted``."""
     table = link.positions.reshape(len(link.positions), -1)
     mine = np.repeat(np.arange(len(table)), table.shape[1])

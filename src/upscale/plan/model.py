@@ -10,6 +10,8 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from .shared import Space
+
 Mode = Literal["auto", "gather", "baseline"]
 MODES: tuple[Mode, ...] = ("auto", "gather", "baseline")
 
@@ -117,6 +119,7 @@ class Plan:
     barriers: tuple[tuple[str, str, str], ...] = ()  # (where, operator, reason)
     choices: tuple[Choice, ...] = ()
     orders: tuple[Order, ...] = ()  # of the spaces with several readers of a part
+    spaces: tuple[Space, ...] = ()  # for reports only: lowering does not need them
 
     def read_counts(self) -> Counter[str]:
         return Counter(read.kind for by_operand in self.reads.values() for read in by_operand.values())
@@ -141,6 +144,7 @@ class Plan:
             barriers=tuple(tuple(b) for b in data["barriers"]),
             choices=tuple(Choice(**c) for c in data["choices"]),
             orders=tuple(Order(**o) for o in data["orders"]),
+            spaces=tuple(Space.from_dict(s) for s in data.get("spaces", ())),
         )
 
 

@@ -20,6 +20,16 @@ LEAST = 1.0  # nanoseconds: where a slice is copied like anything else, neighbou
 
 
 @dataclass(frozen=True)
+class Ranking:
+    """A rank per order class - stored tensors list their channels by increasing rank -, how good each order is, and
+    the classes of every space in their order."""
+
+    rank: np.ndarray
+    orders: tuple[Order, ...]
+    spaces: tuple[np.ndarray, ...]
+
+
+@dataclass(frozen=True)
 class Demanded:
     """What one read takes of one tensor. ``present``, ``wanted``: order classes that the tensor holds, and those of
     them that are read. ``gather``, ``piece``: see :class:`~upscale.plan.order.Wish`."""
@@ -30,27 +40,29 @@ class Demanded:
     piece: float
 
 
-def rank_classes(flow: Flow, kept: Kept, reorder: bool, setting: Setting) -> tuple[np.ndarray, tuple[Order, ...]]:
-    """A rank per order class - stored tensors list their channels by increasing rank - and how good each order is.
+def rank_classes(flow: Flow, kept: Kept, reorder: bool, setting: Setting) -> Ranking:
+    """The order of every space.
 
     Without ``reorder``, or where somebody needs the original order, ranks follow it.
     """
     total = 1 + max((int(o.max()) for o in kept.order.values() if len(o)), default=0)
     rank = np.full(total, -1, dtype=np.int64)
-    count, orders = 0, []
+    orders, spaces = [], []
+    count = 0
     fixed = _fixed_classes(kept, total)
     blocks = _blocks(flow, kept)
-    demands = _demands(flow, kept, setting) if reorder else []
+    demands = _demands(flow, kept, setting)
     for members, mine in _spaces(blocks, demands, total):
         ordered = np.concatenate(members)
-        if mine:
+        if mine and reorder:
             ordering = _order(members, [bool(fixed[m].any()) for m in members], mine)
             ordered = ordered[ordering.order]
             if ordering.cost or len(mine) > 1:
                 orders.append(Order(len(ordered), len(mine), ordering.cost, ordering.bound, ordering.proven))
         rank[ordered] = np.arange(count, count + len(ordered))
         count += len(ordered)
-    return rank, tuple(orders)
+        spaces.append(ordered)
+    return Ranking(rank, tuple(orders), tuple(spaces))
 
 
 def _spaces(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ _LABELS = {
     "flops_left": "FLOPs / dense",
     "latency_left": "latency / dense (one image, one thread)",
 }
+_COLOURS = 48  # of a picture
 _GRID = 41  # places of an average curve
 
 Line = tuple[np.ndarray, np.ndarray]
@@ -96,6 +98,7 @@ def _average(lines: Sequence[Line], found: Sequence[Curve]) -> Line:
 
 def _draw(path: Path, title: str, lines: Mapping[Panel, Mapping[str, Line]], dense: float) -> None:
     from matplotlib import pyplot
+    from PIL import Image
 
     importances = list(dict.fromkeys(importance for importance, _, _ in lines))
     ways = [(method, repair) for repair in dict.fromkeys(repair for _, _, repair in lines) for method in METHODS]
@@ -118,8 +121,10 @@ def _draw(path: Path, title: str, lines: Mapping[Panel, Mapping[str, Line]], den
     above = 0.1 + 0.2 * max(1, -(-len(handles) // across))
     figure.tight_layout(rect=(0, 0, 1, 1 - above / figure.get_figheight()))
     try:
-        with replacing(path) as draft:
-            figure.savefig(draft, dpi=110, format="png")
+        drawn = io.BytesIO()
+        figure.savefig(drawn, dpi=110, format="png")
+        with replacing(path) as draft, Image.open(drawn) as image:
+            image.convert("RGB").quantize(_COLOURS).save(draft, format="png", optimize=True)  # a third of the size
     finally:
         pyplot.close(figure)
 
