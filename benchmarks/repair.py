@@ -67,8 +67,8 @@ class Row:
     seconds: float
 
 
-def calibration(name: str) -> list[Tensor]:
-    """Batches without labels, none of whose images are among those of :func:`tested`."""
+def calibration(name: str, count: int | None = None) -> list[Tensor]:
+    """Batches of the first ``count`` images, without labels, none of which are among those of :func:`tested`."""
     net = NETS[name]
     if net.dataset == "cifar10":
         data = load_dataset(shared() / "data", net.recipe.data, net.recipe.view).calibration
@@ -77,6 +77,7 @@ def calibration(name: str) -> list[Tensor]:
     else:
         images = test_set(name)
         images = images.of(range(0, len(images), 2))
+    images = images if count is None else images.first(count)
     step = _BATCH[net.size]
     return [images.batch(range(start, min(start + step, len(images)))) for start in range(0, len(images), step)]
 
@@ -119,6 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--amounts", nargs="+", type=float, default=list(AMOUNTS))
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--blockwise", action="store_true", help="fit blocks after the regressions")
+    parser.add_argument("--calibration", type=int, help="calibrate on the first images only")
     parser.add_argument("--steps", type=int, default=BLOCK_STEPS, help="of the fit of blocks")
     parser.add_argument("--limit", type=int, help="test on the first images only")
     chosen = parser.parse_args(arguments)
@@ -128,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         missing = why_missing(name)
         if missing:
             raise SystemExit(missing)
-        dense, batches, images = load(name), calibration(name), tested(name)
+        dense, batches, images = load(name), calibration(name, chosen.calibration), tested(name)
         images = images if chosen.limit is None else images.first(chosen.limit)
         dense_top1 = accuracy(f"{name} dense", dense, images)
         for amount in chosen.amounts:
