@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, astuple, dataclass
 from typing import Literal
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -25,6 +24,8 @@ from torch import Tensor, nn
 import upscale
 from upscale.files import replacing
 from upscale.masking import Method
+from upscale.repairing.blockwise import BLOCK_STEPS
+from upscale.reproduce.images import load_dataset
 
 from . import ROOT
 from .data import Images, predictions, test_set, top1
@@ -44,6 +45,7 @@ class Case:
 
     method: Method
     repair: Literal["ridge", "blockwise"]
+    steps: int  # of blockwise
     amount: float
 
 
@@ -54,6 +56,7 @@ class Row:
     network: str
     method: str
     repair: str
+    steps: int
     amount: float
     calibration: int
     images: int
@@ -64,16 +67,17 @@ class Row:
     seconds: float
 
 
-def calibration(name: str) -> list[Tensor]:
-    """Batches without labels, none of whose images are among those of :func:`tested`."""
+def calibration(name: str, count: int | None = None) -> list[Tensor]:
+    """Batches of the first ``count`` images, without labels, none of which are among those of :func:`tested`."""
     net = NETS[name]
     if net.dataset == "cifar10":
-        with np.load(shared() / "data" / "cifar10.npz", allow_pickle=False) as file:
-            pixels = file["calib_images"][:_CALIBRATION]
-        images = Images(pixels.__getitem__, torch.zeros(len(pixels)), net.normalisation)
+        data = load_dataset(shared() / "data", net.recipe.data, net.recipe.view).calibration
+        assert data is not None
+        images = data.first(_CALIBRATION)
     else:
         images = test_set(name)
         images = images.of(range(0, len(images), 2))
+    images = images if count is None else images.first(count)
     step = _BATCH[net.size]
     return [images.batch(range(start, min(start + step, len(images)))) for start in range(0, len(images), step)]
 
@@ -88,7 +92,7 @@ def measured(name: str, dense: nn.Module, batches: list[Tensor], images: Images,
     """Mask, repair, and run both over the test images. ``before``: the dense network's top-1."""
     masked = upscale.mask(dense, batches[0][:2], amount=case.amount, method=case.method)
     start = time.perf_counter()
-    repaired = upscale.repair(masked, dense, batches, method=case.repair)
+    repaired = upscale.repair(masked, dense, batches, method=case.repair, steps=case.steps or BLOCK_STEPS)
     seconds = time.perf_counter() - start
     found = [accuracy(f"{name} {case.method} {case.amount:.0%}", model, images) for model in (masked, repaired)]
     error = round(repaired.repair_report.outputs[1], 5)
@@ -116,6 +120,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--amounts", nargs="+", type=float, default=list(AMOUNTS))
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--blockwise", action="store_true", help="fit blocks after the regressions")
+    parser.add_argument("--calibration", type=int, help="calibrate on the first images only")
+    parser.add_argument("--steps", type=int, default=BLOCK_STEPS, help="of the fit of blocks")
     parser.add_argument("--limit", type=int, help="test on the first images only")
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -124,12 +130,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         missing = why_missing(name)
         if missing:
             raise SystemExit(missing)
-        dense, batches, images = load(name), calibration(name), tested(name)
+        dense, batches, images = load(name), calibration(name, chosen.calibration), tested(name)
         images = images if chosen.limit is None else images.first(chosen.limit)
         dense_top1 = accuracy(f"{name} dense", dense, images)
         for amount in chosen.amounts:
             for method in chosen.methods:
-                case = Case(method, "blockwise" if chosen.blockwise else "ridge", amount)
+                case = Case(method, *(("blockwise", chosen.steps) if chosen.blockwise else ("ridge", 0)), amount)
                 rows.append(measured(name, dense, batches, images, dense_top1, case))
                 write(rows)
                 print(rows[-1], flush=True)

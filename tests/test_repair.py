@@ -21,8 +21,12 @@ from upscale.errors import InputError, NonFiniteError
 from upscale.program import module_path
 from upscale.repairing import blockwise
 from upscale.repairing import run as repairing
+from upscale.repairing.examples import Examples
+from upscale.repairing.moments import Regression
+from upscale.repairing.pair import capture_pair, collect
 from upscale.repairing.samples import HELD_OUT, _Ends
 from upscale.repairing.segments import find_segments
+from upscale.repairing.solve import _ByPattern
 
 
 def random_like(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -206,6 +210,36 @@ def test_a_layer_that_joins_makes_up_for_what_it_joins() -> None:
     assert_same(repaired, model, x)
 
 
+def test_zeros_scattered_over_the_outputs_equal_least_squares() -> None:
+    """Each output has some of its own, beside those of all: one inverse serves all outputs."""
+    model, x = random_like(nn.Sequential(nn.Linear(30, 40))), normal(400, 6)
+    x = x @ normal(6, 30, seed=2) + 0.3 * normal(400, 30, seed=4)  # neighbours can stand in for each other
+    generator = torch.Generator().manual_seed(3)
+    masked = zeroed(model, **{"0__weight": (slice(None), slice(4))})
+    for row in masked[0].weight.data:
+        row[torch.randperm(30, generator=generator)[: int(torch.randint(5, (), generator=generator))]] = 0
+    repaired = upscale.repair(masked, model, [x], 0.0, progress=False)
+    used = x[~held_out(len(x))]
+    for row, kept in enumerate(masked[0].weight != 0):
+        design = torch.cat([used[:, kept], torch.ones(len(used), 1)], 1)
+        wanted = torch.linalg.lstsq(design, model(used)[:, row]).solution
+        torch.testing.assert_close(repaired[0].weight[row, kept], wanted[:-1], rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(repaired[0].bias[row], wanted[-1], rtol=1e-8, atol=1e-10)
+        assert not repaired[0].weight[row, ~kept].any()
+
+
+def test_scattered_zeros_are_solved_as_one_by_one() -> None:
+    root = normal(1, 80, 12)
+    problem = Regression(root.mT @ root, normal(1, 12, 20, seed=2))
+    kept = torch.rand(1, 20, 12, generator=torch.Generator().manual_seed(0)) > 0.1
+    solver = _ByPattern(problem, kept, 0)
+    found = solver._constrained(0.0)
+    assert found is not None
+    torch.testing.assert_close(found, solver._one_by_one(0.0), rtol=1e-10, atol=1e-12)
+    singular = Regression(torch.ones(1, 12, 12, dtype=torch.float64), problem.right)
+    assert _ByPattern(singular, kept, 0)._constrained(0.0) is None
+
+
 class Twice(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -262,6 +296,7 @@ def test_batches_of_any_size_give_the_same(monkeypatch: pytest.MonkeyPatch) -> N
     one = upscale.repair(masked, model, [x], progress=False)
     several = upscale.repair(masked, model, x.split(7), progress=False)
     monkeypatch.setattr(repairing, "_KEPT", 0)  # nothing is kept between layers
+    monkeypatch.setattr("upscale.repairing.samples._KEPT_ROWS", 0)  # nor for the steps behind an activation
     again = upscale.repair(masked, model, x.split(16), progress=False)
     for name, value in one.state_dict().items():
         for other in (several, again):
@@ -365,26 +400,70 @@ def test_segments_end_at_joins() -> None:
     assert [sum(node.target is torch.ops.aten.conv2d.default for node in s.nodes) for s in segments] == [3, 2, 0]
 
 
-def test_blocks_are_fitted_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(repairing, "BLOCK_STEPS", 60)
+def test_blocks_are_fitted_together() -> None:
     model, masked, x = residual()
     ridge = upscale.repair(masked, model, [x], progress=False)
-    both = upscale.repair(masked, model, x.split(24), method="blockwise", progress=False)
+    both = upscale.repair(masked, model, [x], method="blockwise", steps=60, progress=False)
     report = both.repair_report
     assert [name for name, _, _ in report.blocks] == ["1", "2", "5"]
-    assert all(after <= before for _, before, after in report.blocks)
-    assert any(after < before for _, before, after in report.blocks) and "each block" in str(report)
+    assert sum(after for *_, after in report.blocks) < sum(before for _, before, _ in report.blocks)
+    assert "each block" in str(report)
     assert report.outputs[1] < ridge.repair_report.outputs[1]
     for name, value in masked.named_parameters():
         assert not both.get_parameter(name)[value == 0].any()
+    parts = upscale.repair(masked, model, x.split(24), method="blockwise", steps=60, progress=False)
+    for name, value in both.state_dict().items():
+        torch.testing.assert_close(parts.state_dict()[name], value, rtol=1e-5, atol=1e-7)
+
+
+def test_the_error_of_a_block_is_that_of_held_out_examples() -> None:
+    model, masked, x = residual()
+    pair = capture_pair(masked, model, collect(masked, [x]))
+    fit = blockwise._Fit(pair, collect(masked, [x]), [], blockwise._ends(pair.masked))
+    some = x[held_out(len(x))]
+    for end, error in zip((2, 3, None), fit.errors(), strict=True):
+        wanted = model[:end](some)
+        assert error == pytest.approx(((masked[:end](some) - wanted).square().mean() / wanted.var(correction=0)).item())
+
+
+def test_examples_that_are_held_out_are_never_drawn() -> None:
+    model = nn.Flatten()
+    for x, count in ((torch.arange(24.0).view(24, 1), 10), (torch.arange(24.0).view(24, 1), 3)):
+        inputs = collect(model, x.split(count))
+        examples = Examples(capture(model, (x[:count],)), inputs)
+        drawn = torch.cat([examples.draw(8, torch.Generator().manual_seed(seed))[0][0] for seed in range(40)])
+        assert set(drawn.flatten().tolist()) == set(x[~held_out(24)].flatten().tolist())
+        held = torch.cat([leaves[0] for leaves, _ in examples.held(2)])
+        assert torch.equal(held, x[held_out(24)])
+
+
+class Fixed(nn.Module):
+    """Its batch size is in its graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(6, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(torch.relu(self.one(x.reshape(16, 6))))
+
+
+def test_whole_batches_are_fitted_where_they_cannot_be_taken_apart() -> None:
+    model, x = random_like(Fixed()), normal(96, 6)
+    masked = zeroed(model, one__weight=(slice(None), [0, 3]), two__weight=(slice(None), [1, 2, 5]))
+    ridge = upscale.repair(masked, model, x.split(16), progress=False).repair_report.outputs[1]
+    fitted = upscale.repair(masked, model, x.split(16), method="blockwise", steps=60, progress=False)
+    assert fitted.repair_report.outputs[1] < ridge
+    examples = Examples(capture(model, (x[:16],)), collect(model, x.split(16)))
+    leaves, chosen = examples.draw(8, torch.Generator().manual_seed(0))
+    assert len(leaves[0]) == 16 and torch.equal(~chosen, held_out(16))
 
 
 def test_a_fit_that_is_no_better_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(repairing, "BLOCK_STEPS", 5)
     monkeypatch.setattr(blockwise, "_RATE", 10.0)
     model, masked, x = residual()
     ridge = upscale.repair(masked, model, [x], progress=False)
-    both = upscale.repair(masked, model, [x], method="blockwise", progress=False)
+    both = upscale.repair(masked, model, [x], method="blockwise", steps=5, progress=False)
     assert all(torch.equal(both.state_dict()[name], value) for name, value in ridge.state_dict().items())
     assert all(after == before for _, before, after in both.repair_report.blocks)
 
@@ -457,6 +536,7 @@ def test_bad_input_is_refused_and_changes_nothing() -> None:
         (InputError, "the first call that differs", lambda: upscale.repair(masked, other, [x])),
         (InputError, "ridge must be", lambda: upscale.repair(masked, model, [x], ridge=-1)),
         (InputError, "ridge must be", lambda: upscale.repair(masked, model, [x], ridge=True)),
+        (InputError, "steps must be", lambda: upscale.repair(masked, model, [x], steps=0)),
         (InputError, "method must be", lambda: upscale.repair(masked, model, [x], method="block")),
         (InputError, "fails on the example input", lambda: upscale.repair(masked, model, [x[:, :2]])),
     ]

@@ -27,7 +27,7 @@ from .masking import MaskingManager
 from .one_call import mask, prune
 from .plan import Target
 from .recalibrating import recalibrate
-from .repairing import RepairReport, RepairWarning, repair
+from .repairing import OBS, RepairReport, RepairWarning, repair
 from .rules import rule
 from .saving import load, save
 from .segment_objects import Segment
@@ -36,6 +36,7 @@ from .tuning import tune
 __version__ = "0.1.0"
 
 __all__ = [
+    "OBS",
     "ActivationMagnitude",
     "CaptureError",
     "ConstantOutputError",

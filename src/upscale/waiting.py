@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 from rich.console import Console
@@ -31,6 +33,17 @@ class Waiting:
         if not self._shown and time.monotonic() - self._since > _PATIENCE:
             self._progress.start()
             self._shown = True
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """The line is gone for as long as something else shows a bar."""
+        if self._shown:
+            self._progress.stop()
+        try:
+            yield
+        finally:
+            if self._shown:
+                self._progress.start()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

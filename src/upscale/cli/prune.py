@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
@@ -18,8 +20,9 @@ import upscale
 from .. import measure
 from ..errors import UpscaleError
 from ..importance.choose import NAMES
-from ..reproduce.evaluation import FROM_IMAGES, accuracy
-from ..reproduce.images import DataError
+from ..repairing import RepairReport, RepairWarning
+from ..reproduce.evaluation import FROM_IMAGES, accuracy, batches_of
+from ..reproduce.images import DataError, Images
 from ..waiting import Waiting
 from ..zoo.subject import Subject
 from .errors import UsageError
@@ -101,7 +104,13 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.", rich_help_pane
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing.", rich_help_panel=_OUT)]
 Data = Annotated[Path | None, typer.Option(help="A .npz file or a folder of images by class.", rich_help_panel=_DATA)]
 Eval = Annotated[bool, typer.Option("--eval", help="Top-1 before and after, on --data.", rich_help_panel=_DATA)]
-Calibration = Annotated[int, typer.Option(min=1, help="Images that scores look at.", rich_help_panel=_DATA)]
+Repair = Annotated[
+    bool,
+    typer.Option("--repair", help="Fit what is left to what the model computes on --data.", rich_help_panel=_DATA),
+]
+Calibration = Annotated[
+    int, typer.Option(min=1, help="Images that scores and the repair look at; not evaluated on.", rich_help_panel=_DATA)
+]
 Seed = Annotated[int, typer.Option(help="Of random weights, and of the choice of images.")]
 
 HELP = f"""\
@@ -110,7 +119,7 @@ Make a model smaller: zero its least important channels, remove them, and prove 
 Examples:
   upscale prune resnet18 --amount 0.25 --out small.safetensors
   upscale prune torchvision:resnet50 --weights resnet50.pth --flops 0.5 --out small.pt2 --onnx small.onnx
-  upscale prune mynets:small --inputs 1x3x32x32 --weights small.pt --params 0.4 --data photos/ --eval
+  upscale prune mynets:small --inputs 1x3x32x32 --weights small.pt --params 0.4 --data photos/ --repair --eval
 
 {FORMS}
 
@@ -126,11 +135,14 @@ class _Result:
     """What is told at the end."""
 
     pruned: Any
+    repair: RepairReport | None = None
     top1: tuple[float, float] | None = None
     written: list[Path] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         found = {"report": self.pruned.report.to_dict(), "written": [str(path) for path in self.written]}
+        if self.repair is not None:
+            found["repair"] = self.repair.to_dict()
         if self.top1 is not None:
             found["top1"] = {"before": self.top1[0], "after": self.top1[1]}
         return found
@@ -162,6 +174,7 @@ def prune(
     as_json: Json = False,
     quiet: Quiet = False,
     data: Data = None,
+    repair: Repair = False,
     evaluate: Eval = False,
     calibration: Calibration = 256,
     mean: Mean = DEFAULT_MEAN,
@@ -173,7 +186,7 @@ def prune(
     budgets = {name: value for name, value in asked.items() if value is not None}
     _check_choice(budgets, masked)
     _check_files({"--out": out, "--onnx": onnx, "--report": report}, force)
-    _check_images(importance, data, evaluate)
+    _check_images(importance, data, evaluate, repair, masked)
     target = upscale.Target(
         batch=batch if inputs or batch else 1,  # the examples of libraries are of two
         memory_format=None if memory_format is None else memory_format.value,
@@ -182,18 +195,26 @@ def prune(
     )
     how: dict[str, Any] = {"side": side.value, "method": method.value, "is_global": is_global, **budgets}
     how["ignore"] = listed("--ignore", ignore, str) if ignore else ()
-    needs = calibration if importance in FROM_IMAGES else 0
+    needs = calibration if repair or importance in FROM_IMAGES else 0
     with Waiting("pruning", Console(stderr=True, quiet=quiet)) as waiting:
         waiting.step("building")
         subject = find_subject(model, inputs, weights, seed)
         try:
             images = images_for(model, subject, data, needs, seed, (mean, std)) if data else None
             waiting.step("masking")
-            how["importance"] = FROM_IMAGES[importance](images[1]) if images and needs else importance
+            how["importance"] = (
+                FROM_IMAGES[importance](images[1]) if images and importance in FROM_IMAGES else importance
+            )
             zeroed = subject.model if masked else upscale.mask(subject.model, subject.args, subject.kwargs, **how)
+            repaired = None
+            if repair and images:
+                waiting.step("repairing")
+                with waiting.paused():
+                    zeroed = _repaired(zeroed, subject.model, images[1], seed, quiet)
+                repaired = zeroed.repair_report
             waiting.step("exporting")
             pruned = upscale.export(zeroed, subject.args, subject.kwargs, reads=reads.value, target=target)
-            result = _Result(pruned)
+            result = _Result(pruned, repaired)
             if evaluate and images:
                 waiting.step("evaluating")
                 result.top1 = (accuracy(subject.model, images[0]), accuracy(pruned, images[0]))
@@ -228,13 +249,26 @@ def _check_files(files: dict[str, Path | None], force: bool) -> None:
             raise UsageError(f"{option}: there is no folder {path.parent}")
 
 
-def _check_images(importance: str, data: Path | None, evaluate: bool) -> None:
+def _check_images(importance: str, data: Path | None, evaluate: bool, repair: bool, masked: bool) -> None:
     if importance not in (*_PLAIN, *FROM_IMAGES):
         raise UsageError(f"--importance: {importance!r} is none of {', '.join((*_PLAIN, *FROM_IMAGES))}")
-    if data is None and (evaluate or importance in FROM_IMAGES):
-        raise UsageError(
-            f"{'--eval' if evaluate else f'--importance {importance}'} needs images: say where with --data"
-        )
+    if repair and masked:
+        raise UsageError("--repair needs the weights before masking, and --masked has none: leave one of them out")
+    asking = {"--eval": evaluate, "--repair": repair, f"--importance {importance}": importance in FROM_IMAGES}
+    option = next((option for option, asked in asking.items() if asked), None)
+    if data is None and option is not None:
+        raise UsageError(f"{option} needs images: say where with --data")
+
+
+def _repaired(masked: nn.Module, original: nn.Module, images: Images, seed: int, quiet: bool) -> Any:
+    """``upscale.repair``; what it warns of is a line on stderr."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", RepairWarning)
+        repaired = upscale.repair(masked, original, batches_of(images), progress=not quiet, seed=seed)
+    for warning in caught:
+        if not quiet:
+            print(f"upscale: {warning.message}", file=sys.stderr)
+    return repaired
 
 
 def _save(result: _Result, subject: Subject, path: Path) -> None:
@@ -266,6 +300,8 @@ def _tell(result: _Result, as_json: bool, quiet: bool) -> None:
     elif not quiet:
         console = Console()
         print(result.pruned.report.render(console.width if console.is_terminal else None))
+        if result.repair is not None:
+            print(f"repair      {result.repair.summary()}")
         if result.top1 is not None:
             print(f"top-1       {result.top1[0]:.1f} -> {result.top1[1]:.1f} percent")
         for path in result.written:

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from ..reproduce.executors import EXECUTORS
 from ..reproduce.images import DataError
 from ..reproduce.models import KNOWN, ModelError, find_recipe, find_weights, shared
-from ..reproduce.rows import IMPORTANCES, METHODS, Row, Source, read_rows
+from ..reproduce.rows import IMPORTANCES, METHODS, RIDGE, Row, Source, read_rows
 from ..reproduce.run import combinations, key_of, left, plan_jobs, sweep
 from ..reproduce.show import gains_table, line, table
 from ..reproduce.worker import Job, check
@@ -70,7 +70,12 @@ ImagesOption = Annotated[
     str, typer.Option("--images", metavar="N|all", help="How many are evaluated on.", rich_help_panel=_DATA)
 ]
 Calibration = Annotated[
-    int, typer.Option(min=1, help="Images for scores that need data; never evaluated on.", rich_help_panel=_DATA)
+    int,
+    typer.Option(min=1, help="Images for repairs and scores that need data; not evaluated on.", rich_help_panel=_DATA),
+]
+Repair = Annotated[
+    bool,
+    typer.Option("--repair", help="Each combination a second time, repaired: upscale.repair.", rich_help_panel=_WHAT),
 ]
 Size = Annotated[int, typer.Option(min=1, help="Height and width, for models not of the table.", rich_help_panel=_DATA)]
 Seed = Annotated[int, typer.Option(help="Of the choice of images.", rich_help_panel=_DATA)]
@@ -88,7 +93,7 @@ HELP = f"""\
 How accurate is a pruned network? Mask, export, verify, evaluate and time every combination.
 
 Examples:
-  upscale reproduce --models resnet20 --importance l2 --amounts .1,.25
+  upscale reproduce --models resnet20 --importance l2 --amounts .1,.25 --repair --calibration 1024
   upscale reproduce --models resnet50 --weights resnet50.pth --data photos/ --importance l2,lamp
   upscale reproduce --models mynets:small --weights small.safetensors --data images.npz --size 64 --methods contiguous
 
@@ -115,6 +120,7 @@ def reproduce(
     amounts: Amounts = [".05:.5:.05"],  # noqa: B006
     sides: Sides = ["input"],  # noqa: B006
     methods: Methods = ["unconstrained,constrained"],  # noqa: B006
+    repair: Repair = False,
     data: Data = None,
     weights: Weights = None,
     images: ImagesOption = "2000",
@@ -135,6 +141,7 @@ def reproduce(
         listed("--sides", sides, one_of(SIDES)),
         listed("--methods", methods, one_of(METHODS)),
         sorted({share for group in listed("--amounts", amounts, shares) for share in group}),
+        ("", RIDGE) if repair else ("",),
     )
     one_of_executors(executor)
     view = (colours("--mean", mean), colours("--std", std), size)
@@ -143,7 +150,7 @@ def reproduce(
         sources = [_source(name, weights, data, shown, view) for name in listed("--models", models, str)]
         jobs = plan_jobs(sources, wanted)
         for source in sources:
-            check(source, {how.importance for how in wanted})
+            check(source, wanted)
         table_file = out / "rows.csv"
         todo = left(jobs, table_file, resume)
         _run(jobs, todo, table_file, executor, workers or os.cpu_count() or 1, address)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from .obs import OBS
 from .report import LayerRepair, RepairReport, RepairWarning
 from .run import repair
 
-__all__ = ["LayerRepair", "RepairReport", "RepairWarning", "repair"]
+__all__ = ["OBS", "LayerRepair", "RepairReport", "RepairWarning", "repair"]

@@ -1,101 +1,77 @@
-"""Blocks fitted as a whole, by gradient descent from where the regressions have brought them.
+"""Blocks fitted by gradient descent, from where the regressions have brought them, all of them at once.
 
 Li et al. 2021, "BRECQ: Pushing the Limit of Post-Training Quantization by Block Reconstruction", arXiv 2102.05426,
-fit a block of a quantised network to the original block's output on unlabelled inputs; here what is fitted are the
-weights that a mask has left. Inputs are those of the repaired network, as in the regressions.
+fit a block of a quantised network to the original block's output on unlabelled inputs. Here what is fitted are the
+weights that a mask has left, and the errors of all blocks and of the outputs are one sum, so that a block also makes
+up for those before it (Romero et al. 2015, "FitNets", arXiv 1412.6550, train on such hints).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ..aliases import argument
 from ..importance.progress import progress_bar
-from ..program import module_path
+from ..program import Program, module_path
+from .examples import Examples
 from .geometry import is_contraction
+from .outputs import Outputs
 from .pair import Inputs, Pair
-from .samples import is_held_out
-from .segments import Segment, find_segments
+from .segments import find_segments
 from .sites import is_frozen, writer
-from .tape import Frontier, State, Tape
+from .tape import Tape
 
 __all__ = ["BLOCK_STEPS", "BlockFit", "fit_blocks"]
 
-BLOCK_STEPS = 400
-_EXAMPLES = 64  # of a step
-_RATE = 1e-3
+BLOCK_STEPS = 1000
+_EXAMPLES = 32  # of a step
+_RATE = 3e-3
+_SHIFT = 8  # images move by an eighth of their size at most
 BlockFit = tuple[str, float, float]
 
 
-@dataclass(frozen=True, eq=False)
-class _Data:
-    """What a block reads, and what it should write: (examples, ...). ``held``: bool (examples,)."""
-
-    read: Tensor
-    wanted: Tensor
-    held: Tensor
-
-    @property
-    def scale(self) -> Tensor:
-        return self.wanted.float().var().clamp_min(torch.finfo(torch.float32).tiny)
-
-
 def fit_blocks(
-    pair: Pair, model: nn.Module, inputs: Inputs, limit: int, steps: int, seed: int, progress: bool
+    pair: Pair, model: nn.Module, inputs: Inputs, outputs: Outputs, steps: int, seed: int, progress: bool
 ) -> tuple[BlockFit, ...]:
-    """Fit every segment in order; (where it ends, its error before, after) on held-out examples.
+    """Fit all blocks of ``model``; (where it ends, its error before, after) of each, on held-out examples.
 
-    A block keeps what it had unless the fit is better on these. Errors are relative to the target's variance.
-    ``limit``: bytes of activations to keep between blocks, and of the examples of one block at most.
+    Errors are relative to the target's variance. Nothing changes unless the outputs are closer to the original's on
+    held-out examples afterwards.
     """
-    tapes = Tape(pair.masked, inputs.device), Tape(pair.original, inputs.device)
-    frontier = Frontier(tapes, inputs.leaves, limit)
-    segments = find_segments(pair.masked)
-    done = []
-    with progress_bar("blocks", len(segments), shown=progress) as advance:
-        for number, segment in enumerate(segments):
-            free = _parameters(pair, model, segment)
-            if free:
-                data = _collected(pair, segment, frontier, inputs, limit)
-                before, after = _fit(tapes[0], segment, free, data, steps, seed + number)
-                done.append((module_path(segment.end) or str(segment.end), before, after))
-            advance()
-    return tuple(done)
+    free = _parameters(pair, model)
+    ends = _ends(pair.masked)
+    if not free or not ends:
+        return ()
+    fit = _Fit(pair, inputs, free, ends)
+    before, start = fit.errors(), outputs.error()
+    fit.descend(steps, seed, progress)
+    after = fit.errors()
+    present = [entry.tensor.detach().clone() for entry in free]
+    for entry, value in zip(free, fit.fitted(), strict=True):
+        entry.write(value)
+    if not outputs.error() < start:
+        after = before
+        for entry, value in zip(free, present, strict=True):
+            entry.write(value)
+    names = [module_path(node) or str(node) for node in ends]
+    return tuple(zip(names, before, after, strict=True))
 
 
-def _collected(pair: Pair, segment: Segment, frontier: Frontier, inputs: Inputs, limit: int) -> _Data:
-    """What the segment reads in the repaired network and writes in the original, as many examples as fit."""
-    tape, original = frontier.tapes
-    end = pair.origin[segment.end]
-    read: list[Tensor] = []
-    wanted: list[Tensor] = []
-    held: list[Tensor] = []
-    bytes_held = 0
+def _ends(program: Program) -> list[fx.Node]:
+    """Where the segments end, and the outputs."""
+    (output,) = (node for node in program.graph.nodes if node.op == "output")
+    found = [segment.end for segment in find_segments(program)] + output.all_input_nodes
+    return [node for node in dict.fromkeys(found) if node.op == "call_function" and _is_real(node.meta.get("val"))]
 
-    def use(number: int, states: tuple[State, ...]) -> None:
-        nonlocal bytes_held
-        if bytes_held > limit:
-            return
-        original.advance(states[1], end)
-        here = tape.value(states[0], segment.start)
-        there = original.call(end, lambda node: original.value(states[1], node))
-        start, size = sum(inputs.sizes[:number]), inputs.sizes[number]
-        if len(here) != size or len(there) != size:
-            return
-        bytes_held += here.nbytes + there.nbytes
-        read.append(here)
-        wanted.append(there)
-        held.append(is_held_out(torch.arange(start, start + size)))
 
-    frontier.visit((segment.nodes[0], pair.origin[segment.nodes[0]]), use)
-    if not read:
-        empty = torch.empty(0)
-        return _Data(empty, empty, torch.empty(0, dtype=torch.bool))
-    return _Data(torch.cat(read), torch.cat(wanted), torch.cat(held).to(inputs.device))
+def _is_real(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,17 +84,16 @@ class _Free:
     write: Callable[[Tensor], None]
 
 
-def _parameters(pair: Pair, model: nn.Module, segment: Segment) -> list[_Free]:
-    """Weights, biases, scales and shifts of the segment's layers and batch norms that nobody else uses."""
-    inside = set(segment.nodes)
+def _parameters(pair: Pair, model: nn.Module) -> list[_Free]:
+    """Weights, biases, scales and shifts of layers and batch norms."""
     found: dict[str, _Free] = {}
-    for node in segment.nodes:
+    for node in pair.masked.graph.nodes:
         for slot in _slots(node):
-            if slot.op != "get_attr" or set(slot.users) - inside:
-                continue
             name = str(slot.target)
+            if slot.op != "get_attr" or name in found:
+                continue
             tensor, write = pair.masked.tensors[name], writer(model, pair.masked, name)
-            if write is not None and isinstance(tensor, nn.Parameter) and tensor.is_floating_point():
+            if write is not None and tensor.is_floating_point():
                 found[name] = _Free(name, tensor, tensor.detach() != 0, write)
     return list(found.values())
 
@@ -131,57 +106,92 @@ def _slots(node: fx.Node) -> Iterator[fx.Node]:
                 yield value
 
 
-def _fit(
-    tape: Tape, segment: Segment, free: Sequence[_Free], data: _Data, steps: int, seed: int
-) -> tuple[float, float]:
-    """Adam with a cosine schedule on the mean square; the held-out error before and after."""
-    used = torch.nonzero(~data.held).flatten()
-    if not len(used) or not bool(data.held.any()):
-        return 0.0, 0.0
-    before = _error(tape, segment, {}, data)
-    values = {entry.name: entry.tensor.detach().clone().requires_grad_() for entry in free}
-    optimiser = torch.optim.Adam(values.values(), lr=_RATE)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(1, steps))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.enable_grad():
-        for _ in range(steps):
-            chosen = used[torch.randint(len(used), (_EXAMPLES,), generator=generator).to(used.device)]
-            effective = {entry.name: values[entry.name] * entry.kept for entry in free}
-            written = _written(tape, segment, effective, data.read[chosen])
-            loss = (written - data.wanted[chosen]).square().mean() / data.scale
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-            schedule.step()
-    fitted = {entry.name: (values[entry.name] * entry.kept).detach() for entry in free}
-    after = _error(tape, segment, fitted, data)
-    if not after < before:
-        return before, before
-    for entry in free:
-        entry.write(fitted[entry.name])
-    return before, after
+class _Fitted(Tape):
+    """The program with other tensors in place of some of its own."""
+
+    def __init__(self, program: Program, device: torch.device) -> None:
+        super().__init__(program, device)
+        self.replaced: dict[str, Tensor] = {}
+
+    def value(self, state: Any, node: Any) -> Any:
+        """The replacement, if there is one."""
+        if isinstance(node, fx.Node) and node.op == "get_attr" and str(node.target) in self.replaced:
+            return self.replaced[str(node.target)]
+        return super().value(state, node)
 
 
-@torch.no_grad()
-def _error(tape: Tape, segment: Segment, values: dict[str, Tensor], data: _Data) -> float:
-    wrong, count = 0.0, 0
-    for part in torch.nonzero(data.held).flatten().split(_EXAMPLES):
-        written = _written(tape, segment, values, data.read[part])
-        wrong += float((written - data.wanted[part]).double().square().sum())
-        count += written.numel()
-    return wrong / count / float(data.scale)
+class _Fit:
+    def __init__(self, pair: Pair, inputs: Inputs, free: Sequence[_Free], ends: Sequence[fx.Node]) -> None:
+        self._free, self._ends, self._targets = free, ends, [pair.origin[node] for node in ends]
+        self._ours, self._theirs = _Fitted(pair.masked, inputs.device), Tape(pair.original, inputs.device)
+        self._examples = Examples(pair.masked, inputs)
+        self._values = [entry.tensor.detach().clone().requires_grad_() for entry in free]
+
+    def fitted(self) -> list[Tensor]:
+        """The tensors as they are now; what was zero is zero."""
+        return [(value * entry.kept).detach() for entry, value in zip(self._free, self._values, strict=True)]
+
+    def descend(self, steps: int, seed: int, progress: bool) -> None:
+        """Adam with a cosine schedule on the mean of the ends' relative square errors."""
+        optimiser = torch.optim.Adam(self._values, lr=_RATE)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(1, steps))
+        generator = torch.Generator().manual_seed(seed)
+        with torch.enable_grad(), progress_bar("blocks", steps, shown=progress) as advance:
+            for _ in range(steps):
+                leaves, used = self._examples.draw(_EXAMPLES, generator)
+                wrong, scale = self._wrong(_moved(leaves, generator), used)
+                loss = torch.stack([w / s for w, s in zip(wrong, scale, strict=True)]).mean()
+                optimiser.zero_grad()
+                loss.backward()
+                optimiser.step()
+                schedule.step()
+                advance()
+
+    @torch.no_grad()
+    def errors(self) -> list[float]:
+        """Of each end on held-out examples."""
+        sums = torch.zeros(2, len(self._ends), dtype=torch.float64)
+        for leaves, held in self._examples.held(_EXAMPLES):
+            wrong, scale = self._wrong(leaves, held)
+            sums += len(leaves[0]) * torch.tensor([[float(w) for w in wrong], [float(s) for s in scale]])
+        return (sums[0] / sums[1]).tolist()
+
+    def _wrong(self, leaves: Sequence[Tensor], chosen: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
+        """Mean square of each end's error, and the variance of its target, over the examples ``chosen``."""
+        self._ours.replaced = {
+            entry.name: value * entry.kept for entry, value in zip(self._free, self._values, strict=True)
+        }
+        with torch.no_grad():
+            wanted = _values(self._theirs, leaves, self._targets)
+        got = _values(self._ours, leaves, self._ends)
+        if chosen is not None:
+            got, wanted = ([_of(value, chosen) for value in values] for values in (got, wanted))
+        wrong = [(g - w).square().mean() for g, w in zip(got, wanted, strict=True)]
+        return wrong, [w.var(correction=0).clamp_min(torch.finfo(w.dtype).tiny) for w in wanted]
 
 
-def _written(tape: Tape, segment: Segment, values: dict[str, Tensor], read: Tensor) -> Tensor:
-    """What the segment writes with ``values`` in place of the program's tensors."""
-    found: dict[fx.Node, Tensor] = {segment.start: read}
+def _values(tape: Tape, leaves: Sequence[Tensor], ends: Sequence[fx.Node]) -> list[Tensor]:
+    state = tape.start(leaves)
+    tape.advance(state, tape.nodes[-1], keep=ends)
+    return [state.values[node] for node in ends]
 
-    def value(node: fx.Node) -> Tensor:
-        if node.op == "get_attr":
-            name = str(node.target)
-            return values[name] if name in values else tape.program.tensors[name].detach()
-        return found[node]
 
-    for node in segment.nodes:
-        found[node] = tape.call(node, value)
-    return found[segment.end]
+def _of(value: Tensor, chosen: Tensor) -> Tensor:
+    return value[chosen.to(value.device)] if value.dim() and len(value) == len(chosen) else value
+
+
+def _moved(leaves: Sequence[Tensor], generator: torch.Generator) -> Sequence[Tensor]:
+    """Where a batch of images is all there is: mirrored or not, and shifted. The original network says what is
+    right for them too."""
+    if len(leaves) > 1 or leaves[0].dim() != 4 or not leaves[0].is_floating_point():
+        return leaves
+    images = leaves[0]
+    height, width = images.shape[2:]
+    room = height // _SHIFT, width // _SHIFT
+    mirrored, down, right = (
+        int(torch.randint(n, (), generator=generator)) for n in (2, 2 * room[0] + 1, 2 * room[1] + 1)
+    )
+    if mirrored:
+        images = images.flip(3)
+    wider = F.pad(images, (room[1], room[1], room[0], room[0]), mode="reflect")
+    return [wider[:, :, down : down + height, right : right + width].contiguous()]

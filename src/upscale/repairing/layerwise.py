@@ -16,7 +16,7 @@ from torch import Tensor
 from .moments import Moments
 from .norms import affine_of
 from .report import LayerRepair
-from .samples import Solution, Sums, gather
+from .samples import Samples, Solution, Sums
 from .sites import Site
 from .solve import changes
 from .tape import Frontier, Tape
@@ -36,7 +36,8 @@ def repair_layer(
 
     ``sizes``: examples of each batch. Raises ``NonFiniteError`` where the layer reads or should write NaN.
     """
-    sums = gather(site, frontier, sizes, seed)
+    samples = Samples(site, frontier, sizes, seed)
+    sums = samples.sums
     rows = site.geometry.rows_of(site.weight.detach()).double()
     kept = rows != 0
     alive = kept.any(2)
@@ -52,10 +53,8 @@ def repair_layer(
         errors = [start.judged(sums, solution) for solution in tried]
     else:
         for _ in range(_STEPS):
-            sums = gather(site, frontier, sizes, seed, tried)
-            tried.append(start.best(sums, tried[-1])[0])
-        sums = gather(site, frontier, sizes, seed, tried)
-        errors = [float((error * importance).sum()) for error in sums.errors]
+            tried.append(start.best(samples.step(tried[-1]), tried[-1])[0])
+        errors = [float((error * importance).sum()) for error in samples.errors(tried)]
     best = min(range(len(tried)), key=errors.__getitem__)
     if best:
         _write(site, tried[best].weight, tried[best].shift - present.shift)

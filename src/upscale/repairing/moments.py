@@ -25,15 +25,21 @@ class Moments:
     yy: Tensor = field(default_factory=lambda: torch.zeros(()))
 
     def add(self, x: Tensor, y: Tensor) -> None:
-        """More rows: ``x`` (rows, groups, K), ``y`` (rows, groups, M)."""
-        if not len(x):
-            return
-        x, y = x.double().transpose(0, 1), y.double().transpose(0, 1)
-        sums = x.sum(1), y.sum(1), x.mT @ x, x.mT @ y, y.square().sum(1)
-        held = (self.x, self.y, self.xx, self.xy, self.yy)
-        first = self.count == 0
-        self.x, self.y, self.xx, self.xy, self.yy = (n if first else h.add_(n) for h, n in zip(held, sums, strict=True))
+        """More rows: ``x`` (groups, rows, K), ``y`` (groups, rows, M)."""
+        x = x.double()
         self.count += x.shape[1]
+        self.x, self.xx = self.x + x.sum(1), self.xx + x.mT @ x
+        self.add_targets(x, y)
+
+    def add_targets(self, x: Tensor, y: Tensor) -> None:
+        """Targets of rows whose own sums are there already; float64."""
+        y = y.double()
+        self.y, self.yy = self.y + y.sum(1), self.yy + y.square().sum(1)
+        self.xy = self.xy + x.mT @ y
+
+    def without_targets(self) -> Moments:
+        """The sums of the same rows, to which other targets can be added."""
+        return Moments(self.count, x=self.x, xx=self.xx)
 
     def error(self, weight: Tensor, shift: Tensor) -> Tensor:
         """Mean square of ``y - (weight x + shift)`` of each output, (groups, M); ``weight``: (groups, M, K)."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.experimental.symbolic_shapes import has_free_symbols
 from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
@@ -17,7 +18,7 @@ from ..importance.batches import call_of
 from ..program import Program, where
 from ..signature import Argument, bind
 
-__all__ = ["Inputs", "Pair", "capture_pair", "check_same_layers", "collect"]
+__all__ = ["Inputs", "Pair", "capture_pair", "check_same_layers", "collect", "paired_with_itself"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,9 +72,7 @@ def capture_pair(masked: nn.Module, original: nn.Module, inputs: Inputs) -> Pair
 
     Raises ``InputError`` where the networks differ in structure, or a batch in a size that the capture fixed.
     """
-    args, kwargs = pytree.tree_map(
-        lambda leaf: leaf.to(inputs.device) if isinstance(leaf, Tensor) else leaf, inputs.first
-    )
+    args, kwargs = _moved(inputs)
     programs = capture(masked, args, kwargs), capture(original, args, kwargs)
     calls = [[node for node in program.graph.nodes if node.op == "call_function"] for program in programs]
     for one, other in zip(*calls, strict=False):
@@ -87,6 +86,22 @@ def capture_pair(masked: nn.Module, original: nn.Module, inputs: Inputs) -> Pair
     _check_sizes(programs[0], inputs.leaves)
     inner = [[n for n in program.graph.nodes if n.op == "placeholder"] for program in programs]
     return Pair(*programs, dict(zip([*inner[0], *calls[0]], [*inner[1], *calls[1]], strict=True)))
+
+
+def paired_with_itself(model: nn.Module, inputs: Inputs) -> Pair:
+    """``model`` as both networks. Raises ``InputError`` where a batch does not fit what was captured."""
+    args, kwargs = _moved(inputs)
+    program = capture(model, args, kwargs)
+    _check_sizes(program, inputs.leaves)
+    return Pair(program, program, {node: node for node in program.graph.nodes})
+
+
+def _moved(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The first batch, on the model's device."""
+    args, kwargs = pytree.tree_map(
+        lambda leaf: leaf.to(inputs.device) if isinstance(leaf, Tensor) else leaf, inputs.first
+    )
+    return args, kwargs
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -124,12 +139,12 @@ def _check_sizes(program: Program, batches: Sequence[Sequence[Tensor]]) -> None:
     placeholders = [node for node in program.graph.nodes if node.op == "placeholder"]
     for number, leaves in enumerate(batches):
         for node, leaf, name in zip(placeholders, leaves, program.signature.names, strict=True):
-            sizes = node.meta["val"].shape
+            sizes = node.meta["val"].shape  # of those that torch found to be fixed some are symbols by type
             fits = leaf.dim() == len(sizes) and all(
-                not isinstance(size, int) or size == here for size, here in zip(sizes, leaf.shape, strict=True)
+                has_free_symbols(size) or size == here for size, here in zip(sizes, leaf.shape, strict=True)
             )
             if not fits or leaf.dtype != node.meta["val"].dtype:
-                wanted = ", ".join(str(size) if isinstance(size, int) else "any" for size in sizes)
+                wanted = ", ".join("any" if has_free_symbols(size) else str(size) for size in sizes)
                 raise InputError(
                     f"batch {number} does not fit: {name} is {tuple(leaf.shape)} of {leaf.dtype}, where the first "
                     f"batch asks for ({wanted}) of {node.meta['val'].dtype}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from io import StringIO
 from typing import Any
 
@@ -62,6 +62,26 @@ class RepairReport:
 
     def __deepcopy__(self, memo: Any) -> RepairReport:
         return self
+
+    def summary(self) -> str:
+        """What was done, in one line."""
+        fitted = sum(row.ridge is not None for row in self.layers)
+        before, after = self.outputs
+        return (
+            f"error of the outputs {before:.3g} -> {after:.3g} on held-out examples; "
+            f"{fitted} of {len(self.layers)} layers fitted, {len(self.left)} left out; {self.seconds:.1f} s"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as plain values, for JSON."""
+        return {
+            "outputs": {"before": self.outputs[0], "after": self.outputs[1]},
+            "layers": [asdict(row) for row in self.layers],
+            "left": dict(self.left),
+            "recalibrated": self.recalibrated,
+            "blocks": [{"end": end, "before": before, "after": after} for end, before, after in self.blocks],
+            "seconds": round(self.seconds, 3),
+        }
 
     def render(self, width: int | None = None) -> str:
         """The report as text, ``width`` characters wide; None: no line is broken."""

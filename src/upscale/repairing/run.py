@@ -44,6 +44,7 @@ def repair(
     progress: bool = True,
     *,
     method: Literal["ridge", "blockwise"] = "ridge",
+    steps: int = BLOCK_STEPS,
     seed: int = 0,
 ) -> Model:
     """A copy of ``masked`` whose remaining weights are fitted to the outputs of ``original``, without labels.
@@ -61,15 +62,16 @@ def repair(
         original: the network before masking, on the same device.
         batches: an iterable of batches: tensors, tuples or dicts, as for
             :func:`upscale.importance.batches.feed`; labels are ignored. All of them are held in memory for the
-            time of the call, where they lie, and 1 GiB of activations beside them at most.
+            time of the call, where they lie, and 2 GiB of activations and rows beside them at most.
         ridge: the penalty on a weight's change, relative to the mean square of what the layer reads; ``"auto"``: for
             each layer the one of ``RIDGES`` that is best on held-out examples.
         recalibrate: also try to take the batch norms' statistics anew from the calibration data, and keep what brings
             the network's outputs closest to the original's on held-out examples.
         progress: show a bar on stderr when it takes more than two seconds.
-        method: ``"ridge"``, or ``"blockwise"``: afterwards fit each residual block (what lies between two joins) as a
-            whole to the original block's output, by 400 steps of Adam (Li et al. 2021, arXiv 2102.05426). Blocks that
-            are no better for it on held-out examples keep what they had. Dearer, and the better the more is masked.
+        method: ``"ridge"``, or ``"blockwise"``: afterwards fit all residual blocks (what lies between two joins) and
+            the outputs to the original's by ``steps`` of Adam on 32 examples each (Li et al. 2021, arXiv
+            2102.05426); where an example is one image, mirrored and shifted at random. It is kept if the outputs are
+            closer on held-out examples. As dear as training for as long, and the better the more is masked.
         seed: of the places of the feature maps that are sampled, and of the examples of a step.
 
     Returns:
@@ -83,6 +85,8 @@ def repair(
     started = time.perf_counter()
     ridges = _checked_ridges(ridge)
     one_of("method", method, ("ridge", "blockwise"))
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise InputError(f"steps must be a whole number of at least 1, not {steps!r}")
     ours, theirs = unwrap(masked), unwrap(original)
     check_same_layers(ours, theirs)
     inputs = collect(ours, checked_batches(batches))
@@ -96,7 +100,7 @@ def repair(
         moved = recalibrated(pair, repaired, inputs, outputs) if recalibrate else None
         blocks: tuple[BlockFit, ...] = ()
         if method == "blockwise":
-            blocks = fit_blocks(pair, repaired, inputs, _KEPT, BLOCK_STEPS, seed, progress)
+            blocks = fit_blocks(pair, repaired, inputs, outputs, steps, seed, progress)
         after = outputs.error()
     _warn_of_few(layers)
     seconds = time.perf_counter() - started

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,15 +15,17 @@ from .geometry import gathered
 from .moments import Moments
 from .norms import Affine, affine_of
 from .sites import Call, Site
-from .tape import Frontier, State, Tape
+from .tape import Frontier, State
 
-__all__ = ["HELD_OUT", "Solution", "Sums", "gather", "is_held_out"]
+__all__ = ["HELD_OUT", "Samples", "Solution", "Sums", "is_held_out"]
 
 #: Every eighth example is held out: none of it is used in a regression, and what is kept is judged by it.
 HELD_OUT = 8
-_ROWS_AN_UNKNOWN = 8
-_LEAST_ROWS = 20_000
-_CHUNK = 1 << 23  # entries of the rows that are in memory at once
+# Rows of a regression: as many for each unknown as are plenty, between a least and a number above which they are dear,
+# and never fewer for each unknown than what makes a regression.
+_PLENTY, _LEAST_ROWS, _MANY_ROWS, _ROWS_AN_UNKNOWN = 64, 4_000, 20_000, 8
+_CHUNK = 1 << 23  # entries of the rows that are summed up at once
+_KEPT_ROWS = 1 << 30  # bytes of rows that are kept for the steps behind an activation
 
 
 def is_held_out(numbers: Tensor) -> Tensor:
@@ -33,15 +35,10 @@ def is_held_out(numbers: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Sums:
-    """Of the examples that are used, and of those that are held out.
-
-    ``errors``: for each solution that was tried, the mean square on held-out examples of what it gets wrong behind the
-    activation, (groups, M), in units of what the layer itself writes.
-    """
+    """Of the examples that are used, and of those that are held out."""
 
     used: Moments
     held: Moments
-    errors: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,47 +48,112 @@ class Solution:
     weight: Tensor
     shift: Tensor
 
-
-def gather(site: Site, frontier: Frontier, sizes: Sequence[int], seed: int, tried: Sequence[Solution] = ()) -> Sums:
-    """Run both networks to the layer, for all batches, and sum up its regression.
-
-    Places are drawn for each example by a generator of ``seed``, so that how examples are put into batches changes
-    nothing, and neither does calling this again. If an activation cuts off what the layer writes and there are
-    solutions ``tried``, the targets are those for a step from the last of them: see :meth:`_Ends.step`.
-    Raises ``NonFiniteError`` where a value is NaN or infinite.
-    """
-    gatherer = _Gatherer(site, frontier.tapes, sizes, seed, tried)
-    first = site.calls[0]
-    frontier.visit((first.node, first.origin), gatherer.add)
-    return gatherer.sums()
+    def of(self, rows: Tensor) -> Tensor:
+        """What the layer writes, (groups, rows, M)."""
+        return rows @ self.weight.mT + self.shift.unsqueeze(1)
 
 
-class _Gatherer:
-    def __init__(
-        self, site: Site, tapes: Sequence[Tape], sizes: Sequence[int], seed: int, tried: Sequence[Solution]
-    ) -> None:
-        self._used, self._held, self._wrong = Moments(), Moments(), [torch.zeros(()) for _ in tried]
-        self._site, (self._tape, self._original), self._tried = site, tapes, tried
+@dataclass(frozen=True, eq=False)
+class _Chunk:
+    """Some rows: ``rows`` (groups, rows, K); ``target`` and ``added``, what the sum adds, (rows, groups x M)."""
+
+    rows: Tensor
+    target: Tensor
+    added: Tensor
+    ends: _Ends
+    is_held: bool
+
+    @property
+    def bytes_held(self) -> int:
+        return self.rows.nbytes + self.target.nbytes + self.added.nbytes
+
+
+class Samples:
+    """The rows of a layer's regression. Places are drawn for each example by a generator of the seed, so that how
+    examples are put into batches changes nothing, and neither does going over them again."""
+
+    def __init__(self, site: Site, frontier: Frontier, sizes: Sequence[int], seed: int) -> None:
+        self._site, self._frontier, self._seed = site, frontier, seed
+        self._tape, self._original = frontier.tapes
         self._starts = np.concatenate([[0], np.cumsum(sizes)]).tolist()
+        plenty = min(max(_LEAST_ROWS, _PLENTY * site.unknowns), max(_LEAST_ROWS, _MANY_ROWS))
+        self._rows_an_example = math.ceil(max(plenty, _ROWS_AN_UNKNOWN * site.unknowns) / self._starts[-1])
+        self._kept: list[_Chunk] | None = [] if site.calls[0].clamp is not None else None
+        self._is_read = False
+        self.sums = Sums(Moments(), Moments())
+        self._go_over(lambda chunk: self._sums_of(self.sums, chunk).add(chunk.rows, self._grouped(chunk.target)))
+        self._is_read = True
+
+    def step(self, last: Solution) -> Sums:
+        """The sums for a step from ``last`` behind the activation: see :meth:`_Ends.step`."""
+        sums = Sums(self.sums.used.without_targets(), self.sums.held.without_targets())
+
+        def add(chunk: _Chunk) -> None:
+            rows = chunk.rows.double()
+            target = chunk.ends.step(_flat(last.of(rows)), chunk.target, chunk.added)
+            self._sums_of(sums, chunk).add_targets(rows, self._grouped(target))
+
+        self._go_over(add)
+        return sums
+
+    def errors(self, tried: Sequence[Solution]) -> list[Tensor]:
+        """For each of ``tried`` the mean square on held-out rows of what it gets wrong behind the activation,
+        (groups, M), in units of what the layer itself writes."""
+        wrong = [torch.zeros(()) for _ in tried]
+
+        def add(chunk: _Chunk) -> None:
+            if chunk.is_held:
+                rows = chunk.rows.double()
+                for number, solution in enumerate(tried):
+                    found = chunk.ends.error(_flat(solution.of(rows)), chunk.target, chunk.added)
+                    wrong[number] = wrong[number] + self._grouped(found.square()).sum(1)
+
+        self._go_over(add)
+        return [entry / max(1, self.sums.held.count) for entry in wrong]
+
+    def _sums_of(self, sums: Sums, chunk: _Chunk) -> Moments:
+        return sums.held if chunk.is_held else sums.used
+
+    def _grouped(self, written: Tensor) -> Tensor:
+        """(rows, groups x M) as (groups, rows, M)."""
+        return written.unflatten(1, (self._site.geometry.groups, -1)).transpose(0, 1)
+
+    def _go_over(self, use: Callable[[_Chunk], None]) -> None:
+        """All rows, a chunk at a time: those kept, or, where they are too many, both networks run to the layer."""
+        if self._kept is not None and self._is_read:
+            for chunk in self._kept:
+                use(chunk)
+            return
         # One generator a call of the layer: with one for all, the draws would depend on the batches.
-        self._generators = [np.random.default_rng((seed, number)) for number in range(len(site.calls))]
-        rows = max(_LEAST_ROWS, _ROWS_AN_UNKNOWN * site.unknowns)
-        self._rows_an_example = math.ceil(rows / self._starts[-1])
+        generators = [np.random.default_rng((self._seed, number)) for number in range(len(self._site.calls))]
+        first = self._site.calls[0]
+        held = 0
 
-    def sums(self) -> Sums:
-        return Sums(self._used, self._held, tuple(wrong / max(1, self._held.count) for wrong in self._wrong))
+        def visit(number: int, states: tuple[State, ...]) -> None:
+            nonlocal held
+            for chunk in self._chunks(number, states, generators):
+                use(chunk)
+                held += chunk.bytes_held
+                if self._kept is not None and held <= _KEPT_ROWS:
+                    self._kept.append(chunk)
+                else:
+                    self._kept = None
 
-    def add(self, number: int, states: tuple[State, ...]) -> None:
-        """One batch: every call of the layer."""
+        self._frontier.visit((first.node, first.origin), visit)
+
+    def _chunks(
+        self, number: int, states: tuple[State, ...], generators: Sequence[np.random.Generator]
+    ) -> Iterator[_Chunk]:
+        """Of one batch, every call of the layer. Raises ``NonFiniteError`` where a value is NaN or infinite."""
         examples = torch.arange(self._starts[number], self._starts[number + 1])
-        for call, generator in zip(self._site.calls, self._generators, strict=True):
+        for call, generator in zip(self._site.calls, generators, strict=True):
             self._tape.advance(states[0], call.node)
             self._original.advance(states[1], call.origin)
-            self._add_call(call, states, examples, generator)
+            yield from self._chunks_of(call, states, examples, generator)
 
-    def _add_call(
+    def _chunks_of(
         self, call: Call, states: tuple[State, ...], examples: Tensor, generator: np.random.Generator
-    ) -> None:
+    ) -> Iterator[_Chunk]:
         site, geometry, dim = self._site, self._site.geometry, _batch_dim(call.node)
         maps = geometry.by_example(self._tape.value(states[0], call.node.args[0]), dim)
         written = self._original.call(call.origin, lambda node: self._original.value(states[1], node))
@@ -99,33 +161,20 @@ class _Gatherer:
         owners, wanted = _owners(examples, len(out), self._rows_an_example)
         places = _drawn(generator, len(out), out[0, 0].numel(), wanted).to(out.device)
         held = is_held_out(owners).to(out.device)
-        step = max(1, _CHUNK // (places.shape[1] * maps.shape[1] * math.prod(geometry.window)))
         others = self._others(call, states, dim)
         ends = self._ends(call)
-        for start in range(0, len(out), step):
-            part = slice(start, start + step)
-            here = places[part]
-            rows = geometry.patches(maps[part], here, out.shape[2:])
-            beside = [gathered(other[part].flatten(2), here).double() for other in others]
-            target = ends.target(gathered(out[part].flatten(2), here).double(), beside)
-            _check(site.name, rows, target)
-            added = beside[0] if beside else torch.zeros(())
-            for moments, chosen in ((self._used, ~held[part]), (self._held, held[part])):
-                offset = added[chosen].flatten(0, 1) if beside else added
-                self._add_rows(moments, ends, rows[chosen].flatten(0, 1), target[chosen].flatten(0, 1), offset)
-
-    def _add_rows(self, moments: Moments, ends: _Ends, rows: Tensor, target: Tensor, added: Tensor) -> None:
-        """``rows``: (rows, groups, K); ``target``, ``added``: (rows, outputs)."""
-        groups = self._site.geometry.groups
-        if ends.clamp is not None and len(rows):
-            for number, solution in enumerate(self._tried):
-                found = torch.einsum("rgk,gmk->rgm", rows.double(), solution.weight).add_(solution.shift).flatten(1)
-                if moments is self._held:
-                    wrong = ends.error(found, target, added).square().sum(0).view(groups, -1)
-                    self._wrong[number] = self._wrong[number] + wrong
-            if self._tried:
-                target = ends.step(found, target, added)
-        moments.add(rows, target.unflatten(1, (groups, -1)))
+        step = max(1, _CHUNK // (places.shape[1] * maps.shape[1] * math.prod(geometry.window)))
+        for is_held in (False, True):
+            for part in torch.nonzero(held == is_held).flatten().split(step):
+                if not len(part):
+                    continue
+                here = places[part]
+                rows = geometry.patches(maps[part], here, out.shape[2:]).flatten(0, 1)
+                beside = [gathered(other[part].flatten(2), here).double().flatten(0, 1) for other in others]
+                target = ends.target(gathered(out[part].flatten(2), here).double().flatten(0, 1), beside)
+                _check(site.name, rows, target)
+                added = beside[0] if beside else torch.zeros((), device=out.device)
+                yield _Chunk(rows.transpose(0, 1).contiguous(), target, added, ends, is_held)
 
     def _ends(self, call: Call) -> _Ends:
         if call.norm is None:
@@ -140,6 +189,11 @@ class _Gatherer:
             return []
         pairs = zip((self._tape, self._original), states, call.other, strict=True)
         return [self._site.geometry.by_example(tape.value(state, node), dim) for tape, state, node in pairs]
+
+
+def _flat(written: Tensor) -> Tensor:
+    """(groups, rows, M) as (rows, groups x M)."""
+    return written.transpose(0, 1).flatten(1)
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,16 +13,20 @@ __all__ = ["changes"]
 
 _SMALL = 64  # unknowns up to which all groups are solved in one batch, those that are zero standing in as the identity
 
+_AT_ONCE = 64  # outputs
+_MANY = 8  # patterns from which on one inverse for all is worth it
+_SCATTERED = 0.25  # of the unknowns: zeros that only some outputs have, at most
+
 _SINGULAR = 1e-12  # of the largest: eigenvalues of sums of products in float64 are no more exact
 
 
 def changes(problem: Regression, kept: Tensor, ridges: Sequence[float]) -> Iterator[Tensor]:
     """For each of ``ridges`` the change (groups, M, K) of the weights that fits best; zero where not ``kept``.
 
-    ``kept``: bool (groups, M, K). A ridge is relative to the mean of the Gram matrix's diagonal over what is kept:
-    the solution of ``(G + ridge * mean(diag G) I) d = right``, the change that a penalty on ``|d|^2`` leaves. So a
-    large ridge keeps the weights that are there (Hoerl and Kennard 1970, "Ridge Regression", with the prior at the
-    present weights in place of zero).
+    ``kept``: bool (groups, M, K). A ridge is relative to the mean of the Gram matrix's diagonal over what is kept (by
+    any output, where each has few zeros of its own): the solution of ``(G + ridge * mean(diag G) I) d = right``, the
+    change that a penalty on ``|d|^2`` leaves. So a large ridge keeps the weights that are there (Hoerl and Kennard
+    1970, "Ridge Regression", with the prior at the present weights in place of zero).
     """
     groups, _, unknowns = kept.shape
     alone = groups > 1 and unknowns <= _SMALL
@@ -42,9 +46,39 @@ class _ByPattern:
             (torch.nonzero(which == number).flatten(), torch.nonzero(pattern).flatten())
             for number, pattern in enumerate(patterns)
         ]
+        self._union = self._kept.any(0)
+        missing = (self._union & ~self._kept).sum(1).max() if len(patterns) > _MANY else self._union.sum()
+        self._is_scattered = bool(missing <= _SCATTERED * self._union.sum())
 
     def change(self, ridge: float) -> Tensor:
         """(M, K)."""
+        found = self._constrained(ridge) if self._is_scattered else None
+        return self._one_by_one(ridge) if found is None else found
+
+    def _constrained(self, ridge: float) -> Tensor | None:
+        """From one inverse for all outputs. Each has few zeros of its own: constraints, whose multipliers are solved
+        for (Boyd and Vandenberghe, "Convex Optimization", section 10.1.1). None where the matrix is singular."""
+        columns = torch.nonzero(self._union).flatten()
+        missing = ~self._kept[:, columns]
+        factor = _factor(_loaded(self._gram[columns][:, columns], ridge))
+        if factor is None:
+            return None
+        inverse = torch.cholesky_inverse(factor)
+        free = self._right[columns].mT @ inverse  # (M, K'), without the constraints
+        most = int(missing.sum(1).max())
+        found = torch.zeros_like(self._kept, dtype=self._gram.dtype)
+        for part in torch.arange(len(missing), device=missing.device).split(_AT_ONCE):
+            where = missing[part].int().argsort(dim=1, descending=True, stable=True)[:, :most]
+            valid = missing[part].gather(1, where)
+            both = valid.unsqueeze(2) & valid.unsqueeze(1)
+            inner = torch.where(both, inverse[where.unsqueeze(2), where.unsqueeze(1)], 0.0)
+            inner = inner + torch.diag_embed((~valid).to(inner.dtype))
+            multipliers = torch.linalg.solve(inner, (free[part].gather(1, where) * valid).unsqueeze(2)).squeeze(2)
+            spread = torch.zeros_like(free[part]).scatter(1, where, multipliers * valid)
+            found[part[:, None], columns] = (free[part] - spread @ inverse).masked_fill(missing[part], 0.0)
+        return found
+
+    def _one_by_one(self, ridge: float) -> Tensor:
         found = torch.zeros_like(self._kept, dtype=self._gram.dtype)
         for rows, columns in self._parts:
             if len(columns):
@@ -72,13 +106,24 @@ class _Batched:
 
 def _solved(gram: Tensor, right: Tensor, ridge: float, scale: Tensor | None = None) -> Tensor:
     """Solve with the ridge on the diagonal: by Cholesky; the least of all solutions where the matrix is singular."""
+    loaded = _loaded(gram, ridge, scale)
+    factor = _factor(loaded)
+    if factor is None:
+        return torch.linalg.pinv(loaded, hermitian=True, rtol=_SINGULAR) @ right
+    return torch.cholesky_solve(right, factor)
+
+
+def _loaded(gram: Tensor, ridge: float, scale: Tensor | None = None) -> Tensor:
+    """With ``ridge`` times ``scale`` (the mean of the diagonal) on the diagonal."""
     if scale is None:
         scale = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-    loaded = gram + ridge * scale * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    return gram + ridge * scale * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+
+
+def _factor(loaded: Tensor) -> Tensor | None:
+    """The Cholesky factor; None where the matrix, or one of many, is singular."""
     factor, failed = torch.linalg.cholesky_ex(loaded)
     pivots = factor.diagonal(dim1=-2, dim2=-1)
     # A pivot that is all rounding error is no pivot, even where its square came out positive.
     small = pivots.square().amin(-1) <= _SINGULAR * pivots.square().amax(-1)
-    if not bool((failed != 0).any() | small.any()):
-        return torch.cholesky_solve(right, factor)
-    return torch.linalg.pinv(loaded, hermitian=True, rtol=_SINGULAR) @ right
+    return None if bool((failed != 0).any() | small.any()) else factor

@@ -47,4 +47,5 @@ def _ranks(images: Images) -> Heuristic:
 FROM_IMAGES: Mapping[str, Callable[[Images], Heuristic]] = {
     "hrank": _ranks,
     "activation": lambda images: upscale.ActivationMagnitude(batches_of(images)),
+    "obs": lambda images: upscale.OBS(batches_of(images)),
 }

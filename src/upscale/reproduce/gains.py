@@ -18,13 +18,20 @@ AXES = {"amount": 0.0, "flops_left": 1.0, "latency_left": 1.0}
 
 @dataclass(frozen=True)
 class Curve:
-    """Accuracy of one network masked in one way, by amount. ``points``: rows with an accuracy, the dense one first."""
+    """Accuracy of one network masked in one way, by amount. ``points``: rows with an accuracy, the dense one first.
+    ``repair``: what was done after masking, see :attr:`Row.repair`."""
 
     model: str
     importance: str
     side: str
     method: str
+    repair: str
     points: tuple[Row, ...]
+
+    @property
+    def way(self) -> str:
+        """The method, with the repair if there was one."""
+        return f"{self.method} + {self.repair}" if self.repair else self.method
 
     @property
     def dense(self) -> float:
@@ -51,9 +58,16 @@ def curves(rows: Sequence[Row]) -> list[Curve]:
     found: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         if row.method != DENSE and row.top1 is not None and row.group in dense:
-            found.setdefault((row.group, row.importance, row.side, row.method), []).append(row)
+            found.setdefault((row.group, row.importance, row.side, row.method, row.repair), []).append(row)
     return [
-        Curve(points[0].model, how[1], how[2], how[3], (dense[how[0]], *sorted(points, key=lambda row: row.amount)))
+        Curve(
+            points[0].model,
+            how[1],
+            how[2],
+            how[3],
+            how[4],
+            (dense[how[0]], *sorted(points, key=lambda row: row.amount)),
+        )
         for how, points in found.items()
     ]
 
@@ -72,9 +86,9 @@ class Gain:
 
 
 def gains(found: Sequence[Curve], better: str, other: str = "constrained") -> list[Gain]:
-    """The gain of one method over another, for each network, importance and side that has both."""
-    by = {(c.points[0].group, c.importance, c.side, c.method): c for c in found}
-    pairs = (((*key[:3], other), curve) for key, curve in by.items() if key[3] == better)
+    """The gain of one method over another, both repaired alike, for each network, importance and side that has both."""
+    by = {(c.points[0].group, c.importance, c.side, c.repair, c.method): c for c in found}
+    pairs = (((*key[:4], other), curve) for key, curve in by.items() if key[4] == better)
     return [gain(curve, by[key]) for key, curve in pairs if key in by]
 
 

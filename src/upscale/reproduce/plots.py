@@ -21,6 +21,7 @@ _STYLE = {
     "constrained": ("#D55E00", "s", "--"),
     "contiguous": ("#009E73", "^", "-."),
 }
+_FILLS = ("full", "none", "right", "bottom")  # of marks: not repaired, then one for each way of repair
 _LABELS = {
     "amount": "channels masked",
     "flops_left": "FLOPs / dense",
@@ -30,6 +31,7 @@ _COLOURS = 48  # of a picture
 _GRID = 41  # places of an average curve
 
 Line = tuple[np.ndarray, np.ndarray]
+Panel = tuple[str, str, str]  # importance, method, repair
 
 
 def write_plots(folder: Path, rows: Sequence[Row]) -> list[Path]:
@@ -49,7 +51,7 @@ def write_plots(folder: Path, rows: Sequence[Row]) -> list[Path]:
             mine = [curve for curve in some if curve.model == model]
             title = f"{model}: top-1 in percent on {mine[0].points[0].evaluated:,} images"
             path = folder / f"{'-'.join([_safe(model), *name])}.png"
-            _draw(path, title, {key: _along(curve) for key, curve in _by_panel(mine).items()}, mine[0].dense)
+            _draw(path, title, {_panel_of(curve): _along(curve) for curve in mine}, mine[0].dense)
             written.append(path)
         if len(models) > 1:
             path = folder / f"{'-'.join(['mean', *name])}.png"
@@ -69,19 +71,19 @@ def _safe(name: str) -> str:
     return "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in name)
 
 
-def _by_panel(found: Sequence[Curve]) -> dict[tuple[str, str], Curve]:
-    return {(curve.importance, curve.method): curve for curve in found}
+def _panel_of(curve: Curve) -> Panel:
+    return curve.importance, curve.method, curve.repair
 
 
 def _along(curve: Curve) -> dict[str, Line]:
     return {axis: curve.along(axis) for axis in AXES}
 
 
-def _averages(found: Sequence[Curve], models: int) -> dict[tuple[str, str], dict[str, Line]]:
-    """By importance and method, the mean of the networks' relative accuracies, where all networks have some."""
+def _averages(found: Sequence[Curve], models: int) -> dict[Panel, dict[str, Line]]:
+    """By importance, method and repair, the mean of the networks' relative accuracies, where all networks have some."""
     averages = {}
-    for key in dict.fromkeys((curve.importance, curve.method) for curve in found):
-        some = [curve for curve in found if (curve.importance, curve.method) == key]
+    for key in dict.fromkeys(map(_panel_of, found)):
+        some = [curve for curve in found if _panel_of(curve) == key]
         if len(some) == models:
             averages[key] = {axis: _average([curve.along(axis) for curve in some], some) for axis in AXES}
     return averages
@@ -94,16 +96,18 @@ def _average(lines: Sequence[Line], found: Sequence[Curve]) -> Line:
     return grid, np.mean(means, axis=0)
 
 
-def _draw(path: Path, title: str, lines: Mapping[tuple[str, str], Mapping[str, Line]], dense: float) -> None:
+def _draw(path: Path, title: str, lines: Mapping[Panel, Mapping[str, Line]], dense: float) -> None:
     from matplotlib import pyplot
     from PIL import Image
 
-    importances = list(dict.fromkeys(importance for importance, _ in lines))
+    importances = list(dict.fromkeys(importance for importance, _, _ in lines))
+    ways = [(method, repair) for repair in dict.fromkeys(repair for _, _, repair in lines) for method in METHODS]
     down = max(1, len(importances))
     figure, axes = pyplot.subplots(down, len(AXES), figsize=(12, 1.1 + 2.5 * down), squeeze=False, sharey=True)
     for row, importance in zip(axes, importances, strict=False):
+        here = {key[1:]: line for key, line in lines.items() if key[0] == importance}
         for panel, axis in zip(row, AXES, strict=True):
-            _panel(panel, axis, {m: lines[importance, m][axis] for m in METHODS if (importance, m) in lines}, dense)
+            _panel(panel, axis, {way: here[way][axis] for way in ways if way in here}, dense)
         row[0].set_ylabel(importance, fontweight="bold")
     for panel, axis in zip(axes[-1], AXES, strict=True):
         panel.set_xlabel(_LABELS[axis])
@@ -112,8 +116,10 @@ def _draw(path: Path, title: str, lines: Mapping[tuple[str, str], Mapping[str, L
         for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
-    figure.legend(list(handles.values()), list(handles), loc="upper right", ncols=len(handles) or 1, frameon=False)
-    figure.tight_layout(rect=(0, 0, 1, 1 - 0.3 / figure.get_figheight()))
+    across = min(len(handles), len(METHODS)) or 1
+    figure.legend(list(handles.values()), list(handles), loc="upper right", ncols=across, frameon=False)
+    above = 0.1 + 0.2 * max(1, -(-len(handles) // across))
+    figure.tight_layout(rect=(0, 0, 1, 1 - above / figure.get_figheight()))
     try:
         drawn = io.BytesIO()
         figure.savefig(drawn, dpi=110, format="png")
@@ -123,12 +129,16 @@ def _draw(path: Path, title: str, lines: Mapping[tuple[str, str], Mapping[str, L
         pyplot.close(figure)
 
 
-def _panel(panel: Any, axis: str, lines: Mapping[str, Line], dense: float) -> None:
+def _panel(panel: Any, axis: str, lines: Mapping[tuple[str, str], Line], dense: float) -> None:
     panel.axhline(dense, color="#888888", linewidth=1)
-    for method, (x, y) in lines.items():
+    repairs = list(dict.fromkeys(["", *(repair for _, repair in lines)]))
+    for (method, repair), (x, y) in lines.items():
         color, mark, dash = _STYLE[method]
-        marks = {"marker": mark, "markersize": 4} if len(x) < _GRID else {}
-        panel.plot(x, y, dash, color=color, label=method, **marks)
+        which = repairs.index(repair)
+        marks: dict[str, Any] = {"marker": mark, "markersize": 4 + which, "fillstyle": _FILLS[which % len(_FILLS)]}
+        label = f"{method} + {repair}" if repair else method
+        every = 5 if len(x) == _GRID else 1  # places of average curves are close
+        panel.plot(x, y, dash, color=color, label=label, markevery=every, linewidth=1.5 - 0.5 * bool(which), **marks)
     if axis != "amount":
         panel.invert_xaxis()  # masked more to the right, as with amounts
     panel.set_ylim(bottom=0)

@@ -13,6 +13,7 @@ __all__ = [
     "DENSE",
     "IMPORTANCES",
     "METHODS",
+    "RIDGE",
     "Combination",
     "Row",
     "Source",
@@ -24,7 +25,8 @@ __all__ = [
 
 DENSE = "dense"
 METHODS = ("unconstrained", "constrained", "contiguous")
-IMPORTANCES = ("l1", "l2", "lamp", "fpgm", "hrank", "bn_scale", "activation", "random")
+RIDGE = "ridge"
+IMPORTANCES = ("l1", "l2", "lamp", "fpgm", "hrank", "bn_scale", "activation", "obs", "random")
 
 
 @dataclass(frozen=True)
@@ -46,15 +48,20 @@ class Source:
 
 @dataclass(frozen=True)
 class Combination:
-    """How a network is masked. ``amount``: share of each layer's channels; 0, with ``DENSE`` for the method: not."""
+    """How a network is masked. ``amount``: share of each layer's channels; 0, with ``DENSE`` for the method: not.
+    ``repaired``: "ridge" where :func:`upscale.repair` then fits what is left, "" where it does not."""
 
     importance: str = ""
     side: str = "input"
     method: str = DENSE
     amount: float = 0.0
+    repaired: str = ""
 
     def __str__(self) -> str:
-        return f"{self.importance} {self.side} {self.method} {100 * self.amount:g} %" if self.amount else DENSE
+        if not self.amount:
+            return DENSE
+        more = f" + {self.repaired}" if self.repaired else ""
+        return f"{self.importance} {self.side} {self.method}{more} {100 * self.amount:g} %"
 
 
 @dataclass
@@ -85,15 +92,22 @@ class Row:
     channels: int | None = None  # that masks zeroed, over all layers
     seconds: float | None = None
     reason: str = ""  # why there is no accuracy
+    repaired: str = ""  # how what is left was fitted to the dense network's outputs: "ridge", or not at all
+    calibration: int | None = None  # images that the repair was given
 
     @property
     def combination(self) -> Combination:
-        return Combination(self.importance, self.side, self.method, self.amount)
+        return Combination(self.importance, self.side, self.method, self.amount, self.repaired)
+
+    @property
+    def repair(self) -> str:
+        """How the row was repaired, for titles: "ridge (1,024 images)", or ""."""
+        return f"{self.repaired} ({self.calibration:,} images)" if self.repaired else ""
 
     @property
     def key(self) -> tuple[Any, ...]:
         """What makes two rows the same measurement."""
-        return (*self.group, self.importance, self.side, self.method, self.amount)
+        return (*self.group, self.importance, self.side, self.method, self.amount, self.repaired, self.calibration)
 
     @property
     def group(self) -> tuple[Any, ...]:
@@ -130,4 +144,5 @@ def blank(source: Source, combination: Combination, version: str, torch: str, ma
         version=version,
         torch=torch,
         machine=machine,
+        calibration=source.calibration if combination.repaired else None,
     )

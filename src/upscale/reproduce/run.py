@@ -16,13 +16,18 @@ __all__ = ["combinations", "left", "plan_jobs", "sweep"]
 
 
 def combinations(
-    importances: Sequence[str], sides: Sequence[str], methods: Sequence[str], amounts: Sequence[float]
+    importances: Sequence[str],
+    sides: Sequence[str],
+    methods: Sequence[str],
+    amounts: Sequence[float],
+    repairs: Sequence[str] = ("",),
 ) -> list[Combination]:
     """Every combination, the dense network first. There are no contiguous masks on the output side."""
     found = [Combination()]
-    for importance, side, method, amount in itertools.product(importances, sides, methods, sorted(amounts)):
+    every = itertools.product(importances, sides, methods, repairs, sorted(amounts))
+    for importance, side, method, repaired, amount in every:
         if (side, method) != ("output", METHODS[2]):
-            found.append(Combination(importance, side, method, amount))
+            found.append(Combination(importance, side, method, amount, repaired))
     return found
 
 

@@ -48,6 +48,7 @@ def table(rows: Sequence[Row]) -> Table:
     for row in rows:
         if row.method != DENSE:
             how = row.method if row.side == "input" else f"{row.method}, {row.side}s"
+            how = f"{how} + {row.repair}" if row.repair else how
             lines.setdefault((row.model, row.importance, how), {})[row.amount] = row.top1
     for (model, importance, how), found in lines.items():
         cells = [dense.get(model), *(found.get(amount) for amount in amounts)]
@@ -63,11 +64,13 @@ def gains_table(rows: Sequence[Row]) -> Table:
         shown.add_column(name, justify="left" if name in ("model", "method") else "right")
     for method in (name for name in METHODS if name != "constrained"):
         every = gains(found, method)
-        models = list(dict.fromkeys(one.better.model for one in every))
-        for model in models:
-            shown.add_row(model, method, *_means([one for one in every if one.better.model == model]))
-        if len(models) > 1:
-            shown.add_row("mean", method, *_means(every), style="bold")
+        for way in dict.fromkeys(one.better.way for one in every):
+            some = [one for one in every if one.better.way == way]
+            models = list(dict.fromkeys(one.better.model for one in some))
+            for model in models:
+                shown.add_row(model, way, *_means([one for one in some if one.better.model == model]))
+            if len(models) > 1:
+                shown.add_row("mean", way, *_means(some), style="bold")
     return shown
 
 

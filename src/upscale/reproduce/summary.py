@@ -22,11 +22,14 @@ _INTRODUCTION = """\
 
 Last written by `{command}`.
 
-Every network is masked, exported and verified, and the exported network is evaluated: nothing is trained or repaired
-afterwards. *Unconstrained*: every layer masks channels of its own. *Constrained*: layers on a shared tensor mask the
-same channels. *Contiguous*: every layer its own, as long as one order gives each of them a slice.
+Every network is masked, exported and verified, and the exported network is evaluated: nothing is trained. Where it says
+*+ ridge*, the weights that masks have left were fitted by `upscale.repair` to what the dense network computes, without
+labels, on images that are not evaluated on; elsewhere nothing is repaired.
 
-**Gain**: points of top-1 above constrained masks of the same network, importance and side, in the mean over the
+*Unconstrained*: every layer masks channels of its own. *Constrained*: layers on a shared tensor mask the same channels.
+*Contiguous*: every layer its own, as long as one order gives each of them a slice.
+
+**Gain**: points of top-1 above constrained masks of the same network, importance, side and repair, in the mean over the
 amounts (*equal amount*), or over the range of FLOPs or latency that both curves have, linear between their points and
 the dense network (*equal FLOPs*, *equal latency*). *Alive* takes only the part in which one of the two still has half
 of the dense accuracy: beyond it both are near chance, and differences mean little. Latency is that of one image
@@ -69,8 +72,8 @@ def _section(rows: Sequence[Row]) -> str:
     found = curves(rows)
     for method in (name for name in METHODS if name != "constrained"):
         every = gains(found, method)
-        if every:
-            parts.append(_gains(method, every))
+        for repair in dict.fromkeys(one.better.repair for one in every):
+            parts.append(_gains(method, repair, [one for one in every if one.better.repair == repair]))
     parts.append(_numbers(rows))
     notes = [f"- {row.model}: {KNOWN[row.model].note}." for row in rows if row.method == DENSE and row.model in KNOWN]
     parts += [note + "\n" for note in notes if not note.endswith(": .")]
@@ -78,7 +81,7 @@ def _section(rows: Sequence[Row]) -> str:
     return "\n".join(parts)
 
 
-def _gains(method: str, every: Sequence[Gain]) -> str:
+def _gains(method: str, repair: str, every: Sequence[Gain]) -> str:
     header = ["", *_TITLES.values(), *(f"{title}, alive" for title in _TITLES.values())]
     lines = []
     for kind in ("model", "importance"):
@@ -86,7 +89,8 @@ def _gains(method: str, every: Sequence[Gain]) -> str:
             some = [one for one in every if getattr(one.better, kind) == name]
             lines.append([name, *_means(some)])
     lines.append(["**mean**", *(f"**{cell}**" for cell in _means(every))])
-    return f"### What {method} masks gain\n\n{_table(header, lines)}\n{_losses(method, every)}"
+    after = f", both with {repair}" if repair else ""
+    return f"### What {method} masks gain{after}\n\n{_table(header, lines)}\n{_losses(method, every)}"
 
 
 def _means(some: Sequence[Gain]) -> list[str]:
@@ -128,7 +132,8 @@ def _numbers(rows: Sequence[Row]) -> str:
 
 
 def _how(row: Row) -> str:
-    return row.method if row.side == "input" else f"{row.method}, {row.side} side"
+    how = row.method if row.side == "input" else f"{row.method}, {row.side} side"
+    return f"{how} + {row.repair}" if row.repair else how
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -7,7 +7,8 @@ import copy
 import functools
 import statistics
 import time
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -29,7 +30,7 @@ from ..program import Program
 from ..zoo.compare import relative_error
 from ..zoo.rows import TOLERANCE
 from ..zoo.worker import first_line
-from .evaluation import FROM_IMAGES, accuracy
+from .evaluation import FROM_IMAGES, accuracy, batches_of
 from .images import DataError, Images, View, load_dataset
 from .models import KNOWN, find_recipe, load_model
 from .rows import DENSE, Combination, Row, Source, blank
@@ -80,6 +81,10 @@ class Subject:
         return self.images.decoded()
 
     @functools.cached_property
+    def _batches(self) -> list[Tensor]:
+        return batches_of(self.calibration)
+
+    @functools.cached_property
     def dense_flops(self) -> int:
         return measure.flops(self.dense, self.one)
 
@@ -110,9 +115,22 @@ class Subject:
 
     def restore(self) -> None:
         """Dense weights again."""
+        self._load(self.dense.state_dict())
+
+    def repair(self) -> None:
+        """Fit what the masks have left of ``model`` to the dense network's outputs on the calibration images."""
+        if not len(self.calibration):
+            raise DataError(f"the repair needs images that are not evaluated on: {_LESS}")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", upscale.RepairWarning)  # the row says on how many images
+            repaired = upscale.repair(self.model, self.dense, self._batches, progress=False)
+        self._load(repaired.state_dict())
+
+    def _load(self, state: Mapping[str, Tensor]) -> None:
+        """In place: the captured graph holds the very tensors."""
         with torch.no_grad():
             for name, tensor in self.model.state_dict().items():
-                tensor.copy_(self.dense.state_dict()[name])
+                tensor.copy_(state[name])
 
     def _heuristic(self, name: str) -> Heuristic:
         if name not in FROM_IMAGES:
@@ -147,13 +165,15 @@ def _subject(source: Source) -> Subject:
     return Subject(source)
 
 
-def check(source: Source, importances: Iterable[str] = ()) -> None:
-    """Raises ``DataError`` where there are no images to evaluate on, or none for scores that need data."""
+def check(source: Source, wanted: Iterable[Combination] = ()) -> None:
+    """Raises ``DataError`` where there are no images to evaluate on, or none for scores and repairs that need data."""
     recipe = KNOWN.get(source.model)
     view = recipe.view if recipe else View(source.mean, source.std, source.size)  # type: ignore[arg-type]
     _, calibration = _images(source, recipe.data if recipe else "", view)
-    for name in importances:
-        if name in FROM_IMAGES and not len(calibration):
+    needing = {how.importance for how in wanted if how.importance in FROM_IMAGES}
+    needing |= {"--repair" for how in wanted if how.repaired}
+    for name in sorted(needing):
+        if not len(calibration):
             raise DataError(f"{name} needs images that are not evaluated on, and {source.data} has no others: {_LESS}")
 
 
@@ -198,6 +218,8 @@ def _pruned(row: Row, subject: Subject, how: Combination) -> nn.Module:
     """The masked network, exported; verified by the export itself, and on images."""
     try:
         row.channels = subject.mask(how)
+        if how.repaired:
+            subject.repair()
         exported: Any = finish(compile_program(subject.program()), row.model)
     except NothingToPruneError:  # a share of few channels may be none
         row.channels, row.error = 0, 0.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterable
-from dataclasses import asdict, fields
+from dataclasses import MISSING, Field, asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,18 +23,27 @@ def columns_of(kind: type) -> tuple[str, ...]:
 
 
 def read_table(path: Path, kind: type[T], what: str) -> list[T]:
-    """The rows of a CSV; none if there is no such file. Raises ``BadTableError``, naming ``what`` it should be."""
+    """The rows of a CSV; none if there is no such file. Raises ``BadTableError``, naming ``what`` it should be.
+
+    A table from before the last columns were added is read too, where these have a default.
+    """
     if not path.exists():
         return []
-    kinds = {field.name: str(field.type) for field in fields(kind)}  # type: ignore[arg-type]
+    known = fields(kind)  # type: ignore[arg-type]
+    kinds = {field.name: str(field.type) for field in known}
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         try:
-            if tuple(reader.fieldnames or ()) != tuple(kinds):
+            present = tuple(reader.fieldnames or ())
+            if present != tuple(kinds)[: len(present)] or not all(map(_has_default, known[len(present) :])):
                 raise BadTableError(f"{path} is not {what} of this version (its columns differ)")
             return [kind(**{name: _parsed(kinds[name], text) for name, text in line.items()}) for line in reader]
         except (ValueError, TypeError, KeyError, UnicodeDecodeError, csv.Error) as error:
             raise BadTableError(f"{path} is not {what}: {error}") from error
+
+
+def _has_default(field: Field[Any]) -> bool:
+    return field.default is not MISSING or field.default_factory is not MISSING
 
 
 def _parsed(kind: str, text: str) -> Any:
