@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.experimental.symbolic_shapes import has_free_symbols
 from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
@@ -136,6 +135,8 @@ def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def _check_sizes(program: Program, batches: Sequence[Sequence[Tensor]]) -> None:
+    from torch.fx.experimental.symbolic_shapes import has_free_symbols  # imports sympy
+
     placeholders = [node for node in program.graph.nodes if node.op == "placeholder"]
     for number, leaves in enumerate(batches):
         for node, leaf, name in zip(placeholders, leaves, program.signature.names, strict=True):
