@@ -123,7 +123,7 @@ HELP = f"""\
 How fast is a pruned model? Time it against the unpruned one, other ways to prune it, and the floor.
 
 Examples:
-  upscale bench resnet18
+  upscale bench resnet18 --seconds 3
   upscale bench resnet50 densenet121 --amount 0.25,0.5 --batch 1,8 --memory-format contiguous,channels_last
   upscale bench mynets:small_net --size 64 --backend eager,compile --plot speed.png --markdown speed.md
 

@@ -82,7 +82,7 @@ HELP = f"""\
 Which models can be pruned? Mask, export and compare each of them; one row a model.
 
 Examples:
-  upscale zoo --suite torchvision resnet18 swin_t
+  upscale zoo --suite torchvision resnet18
   upscale zoo --suite timm --side both --jobs 2 --out timm.csv --markdown timm.md
   upscale zoo --suite mine.csv
 
