@@ -58,6 +58,21 @@ def test_nested_arguments(tmp_path: Path) -> None:
         assert relative_error(expected, actual) <= 1e-10
 
 
+def words(dtype: torch.dtype) -> torch.fx.GraphModule:
+    torch.manual_seed(0)
+    layers = nn.Embedding(9, 64), nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 30)
+    return upscale.prune(nn.Sequential(*layers).eval().to(dtype), torch.tensor([[1, 2, 3], [4, 5, 6]]))
+
+
+def test_the_tolerance_is_that_of_the_weights(tmp_path: Path) -> None:
+    """Also where all inputs are whole numbers."""
+    pytest.importorskip("onnxruntime")
+    upscale.to_onnx(words(torch.float16), tmp_path / "a.onnx")
+    with pytest.raises(upscale.InputError, match="bfloat16.*check=False"):
+        upscale.to_onnx(words(torch.bfloat16), tmp_path / "b.onnx")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.onnx"]
+
+
 def test_weights_in_a_second_file(pruned: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As torch writes them above 2 GB."""
     pytest.importorskip("onnxruntime")
