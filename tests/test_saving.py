@@ -228,6 +228,24 @@ def test_tied_weights_and_hidden_buffers(path: Path) -> None:
         upscale.load(path, untied)
 
 
+class Turned(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 6), nn.Linear(6, 3)
+        self.phase = nn.Parameter(torch.randn(6, dtype=torch.complex64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b((self.a(x) * self.phase).abs())
+
+
+def test_complex_parameters_are_trained_on(path: Path) -> None:
+    model = Turned().eval()
+    model.b.bias.requires_grad_(False)
+    x = torch.rand(2, 8)
+    loaded = round_trip(upscale.prune(model, x), Turned(), path, x)
+    assert {name for name, p in loaded.named_parameters() if not p.requires_grad} == {"b.bias"}
+
+
 def test_pruned_again_and_again(path: Path) -> None:
     """A pruned model that was trained, masked and exported again loads from the first architecture."""
     second = upscale.export(masked(), (image(),)).float()
