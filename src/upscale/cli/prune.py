@@ -18,7 +18,7 @@ import upscale
 from .. import measure
 from ..errors import UpscaleError
 from ..importance.choose import NAMES
-from ..reproduce.evaluation import FROM_IMAGES, accuracy
+from ..reproduce.evaluation import FROM_IMAGES, accuracy, check_outputs
 from ..reproduce.images import DataError
 from ..waiting import Waiting
 from ..zoo.subject import Subject
@@ -188,6 +188,8 @@ def prune(
         subject = find_subject(model, inputs, weights, seed)
         try:
             images = images_for(model, subject, data, needs, seed, (mean, std)) if data else None
+            if evaluate and images:
+                check_outputs(subject.model, images[0])
             waiting.step("masking")
             how["importance"] = FROM_IMAGES[importance](images[1]) if images and needs else importance
             zeroed = subject.model if masked else upscale.mask(subject.model, subject.args, subject.kwargs, **how)
