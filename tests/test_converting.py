@@ -73,6 +73,15 @@ def test_the_tolerance_is_that_of_the_weights(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["a.onnx"]
 
 
+def test_a_type_that_the_runtime_lacks_is_named(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    layers = nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)
+    double = upscale.export(masked(nn.Sequential(*layers)).double(), (image(),))
+    with pytest.raises(upscale.ConversionError, match=r"in its type of numbers \(call float\(\).*check=False"):
+        upscale.to_onnx(double, tmp_path / "a.onnx")
+    upscale.to_onnx(double.float(), tmp_path / "a.onnx")
+
+
 def test_weights_in_a_second_file(pruned: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As torch writes them above 2 GB."""
     pytest.importorskip("onnxruntime")

@@ -101,6 +101,13 @@ def _dtypes(pruned: nn.Module) -> set[torch.dtype]:
     return {tensor.dtype for _, tensor in named_tensors(pruned)}
 
 
+def _advice(pruned: nn.Module) -> str:
+    """It has few operators in other types than float32."""
+    if not any(dtype.is_floating_point and dtype != torch.float32 for dtype in _dtypes(pruned)):
+        return ""
+    return " in its type of numbers (call float() on it first, or write the file unchecked with check=False)"
+
+
 def _of(opset: int | None) -> str:
     return "" if opset is None else f" in opset {opset}"
 
@@ -123,7 +130,7 @@ def _check(pruned: fx.GraphModule, step: Step, path: Path) -> None:
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:
-        raise ConversionError(f"ONNX Runtime does not take the model: {_cause(error)}") from error
+        raise ConversionError(f"ONNX Runtime does not take the model{_advice(pruned)}: {_cause(error)}") from error
     names = [entry.name for entry in session.get_inputs()]
     free = not all(isinstance(size, int) for entry in session.get_inputs() for size in entry.shape[:1])
     half = torch.float16 in _dtypes(pruned)
