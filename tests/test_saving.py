@@ -246,6 +246,13 @@ def test_complex_parameters_are_trained_on(path: Path) -> None:
     assert {name for name, p in loaded.named_parameters() if not p.requires_grad} == {"b.bias"}
 
 
+def test_the_file_has_the_usual_permissions(pruned: torch.fx.GraphModule, path: Path) -> None:
+    other = path.with_name("other")
+    other.touch()
+    upscale.save(pruned, path)
+    assert path.stat().st_mode == other.stat().st_mode
+
+
 def test_pruned_again_and_again(path: Path) -> None:
     """A pruned model that was trained, masked and exported again loads from the first architecture."""
     second = upscale.export(masked(), (image(),)).float()
