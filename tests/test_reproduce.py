@@ -36,7 +36,7 @@ from upscale.reproduce import executors
 from upscale.reproduce.executors import local, on_ray
 from upscale.reproduce.images import View, load_dataset
 from upscale.reproduce.models import ModelError, find_recipe, find_weights, load_model
-from upscale.reproduce.rows import Combination, Row, Source, blank, read_rows
+from upscale.reproduce.rows import Combination, Row, Source, blank, read_rows, write_rows
 from upscale.reproduce.run import combinations, left, plan_jobs
 from upscale.reproduce.worker import Job, Subject, evaluate
 from upscale.zoo.table import BadTableError
@@ -164,6 +164,15 @@ def test_more_classes_than_outputs_are_refused(place: Path) -> None:
 
 
 # -- the run ----------------------------------------------------------------------------------------------------------
+
+
+def test_rows_of_another_size_or_calibration_are_no_rows_of_this_one(place: Path) -> None:
+    usual = source(place, calibration=256)
+    others = [replace(usual, **change) for change in ({"size": 32}, {"std": (1.0, 1.0, 1.0)}, {"calibration": 8})]
+    out = place / "rows.csv"
+    write_rows(out, [blank(usual, Combination(), upscale.__version__, "", "")])
+    jobs = plan_jobs([usual, *others], [Combination()])
+    assert left(jobs, out, resume=True) == jobs[1:]
 
 
 def test_combinations_have_the_dense_network_once_and_no_contiguous_outputs() -> None:
