@@ -14,6 +14,7 @@ import upscale
 from support.oracle import fingerprint, relative_error
 from support.subjects import SmallResNet, dense, image, masked
 from test_saving import Tied
+from test_saving_program import Beside
 from upscale import converting
 
 pytest.importorskip("onnxscript")
@@ -80,6 +81,17 @@ def test_a_type_that_the_runtime_lacks_is_named(tmp_path: Path) -> None:
     with pytest.raises(upscale.ConversionError, match=r"in its type of numbers \(call float\(\).*check=False"):
         upscale.to_onnx(double, tmp_path / "a.onnx")
     upscale.to_onnx(double.float(), tmp_path / "a.onnx")
+
+
+def test_sizes_may_be_returned_and_other_values_may_not(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    x = torch.rand(2, 8)
+    upscale.to_onnx(upscale.prune(Beside("batch"), x), tmp_path / "a.onnx")
+    assert int(answers(tmp_path / "a.onnx", torch.rand(5, 8))[1]) == 5
+    upscale.to_onnx(upscale.prune(Beside(None), x), tmp_path / "b.onnx")
+    for value in (3, "text", 2.5):
+        with pytest.raises(upscale.ConversionError, match=f"the model returns {value!r}"):
+            upscale.to_onnx(upscale.prune(Beside(value), x), tmp_path / "c.onnx")
 
 
 def test_weights_in_a_second_file(pruned: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
+from torch.export.graph_signature import ConstantArgument
 from torch.utils import _pytree as pytree
 
 from .errors import ConversionError, FileError, InputError
@@ -58,7 +59,9 @@ def to_onnx(model: nn.Module, path: str | os.PathLike[str], *, opset: int | None
     step = recipe.steps[-1]
     if check and torch.bfloat16 in _dtypes(pruned):
         raise InputError("ONNX Runtime takes no bfloat16 from here: write the file unchecked with check=False")
-    converted = _converted(reexported(pruned, step), opset)
+    program = reexported(pruned, step)
+    _check_outputs(program)
+    converted = _converted(program, opset)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as text:
@@ -77,6 +80,16 @@ def _check_packages(needed: tuple[str, ...]) -> None:
     if missing := [name for name in needed if find_spec(name) is None]:
         hint = "" if missing != ["onnxruntime"] else ", or write the file unchecked with check=False"
         raise InputError(f"{', '.join(missing)} missing: pip install 'upscale-pruning[onnx]'{hint}")
+
+
+def _check_outputs(program: ExportedProgram) -> None:
+    """An ONNX file gives tensors, and sizes as tensors."""
+    for spec in program.graph_signature.output_specs:
+        if isinstance(spec.arg, ConstantArgument) and spec.arg.value is not None:
+            raise ConversionError(
+                f"the model returns {spec.arg.value!r}, which is the same for every input, and ONNX files hold tensors "
+                "alone: export a model that returns its tensors"
+            )
 
 
 def _converted(program: ExportedProgram, opset: int | None) -> Any:
@@ -143,15 +156,16 @@ def _check(pruned: fx.GraphModule, step: Step, path: Path) -> None:
                 raise ConversionError(f"the ONNX file takes {len(names)} inputs, the model {len(example.leaves)}")
             feed = {name: leaf.cpu().numpy() for name, leaf in zip(names, example.leaves, strict=True)}
             outputs = [torch.from_numpy(value) for value in session.run(None, feed)]
-            expected = pytree.tree_map(_on_cpu, pruned(*example.args, **example.kwargs))
+            expected = pytree.tree_map(_as_in_file, pruned(*example.args, **example.kwargs))
             check_same_outputs(expected, outputs, "the ONNX file", _HALF if half else _TOLERANCE)
     finally:
         for module, training in flags.items():
             module.training = training
 
 
-def _on_cpu(value: Any) -> Any:
-    return value.cpu() if isinstance(value, torch.Tensor) else value
+def _as_in_file(value: Any) -> Any:
+    """Sizes that a model returns are tensors there."""
+    return value.cpu() if isinstance(value, torch.Tensor) else torch.tensor(value) if type(value) is int else value
 
 
 @contextlib.contextmanager
