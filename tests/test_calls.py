@@ -129,6 +129,28 @@ def test_output_structures(name: str) -> None:
     check_equal(model, copy.deepcopy(pruned), image())
 
 
+class Measured(nn.Module):
+    """Returns sizes of its input beside tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.b(self.a(x))
+        return {"size": (x.shape, 2 * y.shape[2]), "batch": x.shape[0], "y": y}
+
+
+@pytest.mark.parametrize("shapes", [None, "spatial"])
+def test_sizes_may_be_returned(shapes: Any) -> None:
+    model = masked(Measured())
+    smaller = upscale.export(model, (image(),), dynamic_shapes=shapes)
+    for batch in (1, 5):
+        expected, found = model(image(batch)), smaller(image(batch))
+        assert relative_error(expected.pop("y"), found.pop("y")) <= 1e-10
+        assert found == expected and list(found) == ["size", "batch"]
+
+
 def test_inputs_in_containers() -> None:
     """Dicts, lists and tuples of tensors as inputs; other lengths or keys raise."""
 

@@ -14,6 +14,7 @@ import upscale
 from support.oracle import fingerprint, relative_error
 from support.subjects import SmallResNet, dense, image, masked
 from test_saving import Tied
+from test_saving_program import Beside
 from upscale import converting
 
 pytest.importorskip("onnxscript")
@@ -56,6 +57,41 @@ def test_nested_arguments(tmp_path: Path) -> None:
     found = answers(tmp_path / "tied.onnx", tokens, shift)
     for expected, actual in zip(model(tokens, extra={"shift": shift}).values(), found, strict=True):
         assert relative_error(expected, actual) <= 1e-10
+
+
+def words(dtype: torch.dtype) -> torch.fx.GraphModule:
+    torch.manual_seed(0)
+    layers = nn.Embedding(9, 64), nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 30)
+    return upscale.prune(nn.Sequential(*layers).eval().to(dtype), torch.tensor([[1, 2, 3], [4, 5, 6]]))
+
+
+def test_the_tolerance_is_that_of_the_weights(tmp_path: Path) -> None:
+    """Also where all inputs are whole numbers."""
+    pytest.importorskip("onnxruntime")
+    upscale.to_onnx(words(torch.float16), tmp_path / "a.onnx")
+    with pytest.raises(upscale.InputError, match="bfloat16.*check=False"):
+        upscale.to_onnx(words(torch.bfloat16), tmp_path / "b.onnx")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.onnx"]
+
+
+def test_a_type_that_the_runtime_lacks_is_named(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    layers = nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)
+    double = upscale.export(masked(nn.Sequential(*layers)).double(), (image(),))
+    with pytest.raises(upscale.ConversionError, match=r"in its type of numbers \(call float\(\).*check=False"):
+        upscale.to_onnx(double, tmp_path / "a.onnx")
+    upscale.to_onnx(double.float(), tmp_path / "a.onnx")
+
+
+def test_sizes_may_be_returned_and_other_values_may_not(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    x = torch.rand(2, 8)
+    upscale.to_onnx(upscale.prune(Beside("batch"), x), tmp_path / "a.onnx")
+    assert int(answers(tmp_path / "a.onnx", torch.rand(5, 8))[1]) == 5
+    upscale.to_onnx(upscale.prune(Beside(None), x), tmp_path / "b.onnx")
+    for value in (3, "text", 2.5):
+        with pytest.raises(upscale.ConversionError, match=f"the model returns {value!r}"):
+            upscale.to_onnx(upscale.prune(Beside(value), x), tmp_path / "c.onnx")
 
 
 def test_weights_in_a_second_file(pruned: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

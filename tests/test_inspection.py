@@ -51,6 +51,15 @@ def test_spaces_layers_and_barriers_are_found_and_the_model_is_left() -> None:
     assert "test_inspection.py" in where and "cumsum" in where
 
 
+def test_names_are_printed_as_they_are() -> None:
+    layers = {"[red]": nn.Conv2d(3, 4, 1), "a:x:b": nn.Conv2d(4, 4, 1), "[last]": nn.Conv2d(4, 2, 1)}
+    model = nn.Sequential()
+    for name, layer in layers.items():
+        model.add_module(name, layer)
+    text = str(upscale.inspect(model, IMAGE))
+    assert "│ [red]      │ a:x:b   │" in text and "│ a:x:b      │ [last]  │" in text
+
+
 def test_findings_print_and_are_plain_data() -> None:
     found = upscale.inspect(Net(), (IMAGE,))
     text = str(found)

@@ -231,6 +231,27 @@ def test_depthwise_is_skipped_on_the_input_side_and_masked_on_the_output_side() 
     assert set(MaskingManager(net(), side="output").mask(0.5).masked) == {"0", "1"}
 
 
+def test_models_of_inference_mode() -> None:
+    """Their tensors do not count how often they were written to."""
+
+    class Counting(nn.Sequential):
+        def __init__(self) -> None:
+            super().__init__(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return super().forward(x)
+
+    with torch.inference_mode():
+        model = Counting().eval()
+        x = torch.rand(2, 3, 8, 8)
+        MaskingManager(model, example_inputs=x).mask(0.5)
+        assert model.calls == 0 and int((model[3].weight == 0).all(3).all(2).all(0).sum()) == 4
+        smaller = upscale.export(model, (x,))
+    assert smaller.get_submodule("3").in_channels == 4
+
+
 def test_amount_is_a_floor_and_the_last_channel_stays() -> None:
     model = nn.Sequential(nn.Linear(4, 100), nn.Linear(100, 2), nn.Linear(2, 2), nn.Linear(2, 1))
     manager = MaskingManager(model).mask(0.29)  # 0.29 * 100 is 28.999... in binary

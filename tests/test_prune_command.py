@@ -145,6 +145,11 @@ MISTAKES = [
     ((*COMMON, "--amount", "0.5", "--out", "no/m.pt2"), "--out: there is no folder no"),
     ((*COMMON, "--amount", "0.5", "--data", "nowhere", "--eval"), "nowhere is no folder and no .npz file"),
     ((NAME, "--amount", "0.5", "--weights", "d.npz"), "cannot read d.npz"),
+    (
+        ("support.classifiers:features", *COMMON[3:], "--amount", "0.5", "--data", "d.npz", "--eval"),
+        "must return one tensor of (images, classes)",
+    ),
+    ((*COMMON, "--amount", "0.5", "--data", "many.npz", "--eval"), "the data has 10 classes, Residual only 4"),
     (("support.classifiers:nothing", "--amount", "0.5"), "cannot build support.classifiers:nothing"),
 ]
 
@@ -153,10 +158,11 @@ MISTAKES = [
 def test_a_mistake_is_one_message_and_nothing_is_written(
     command: Command, arguments: Sequence[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    np.savez(tmp_path / "many.npz", images=np.zeros((40, 16, 16, 3), np.uint8), labels=np.arange(40) % 10)
     assert command(*arguments) == 2
     shown = capsys.readouterr().err
     assert message in shown and "Traceback" not in shown
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["d.npz", "w.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["d.npz", "many.npz", "w.safetensors"]
 
 
 def test_force_replaces(command: Command, tmp_path: Path) -> None:

@@ -194,6 +194,15 @@ def test_names_from_the_model_are_escaped() -> None:
     assert page.text.count(HOSTILE) > 10 and HOSTILE in attributes(page)
 
 
+def test_text_is_shown_as_it_is() -> None:
+    """Brackets and colons in names and source lines are no mark-up of the console's."""
+    odd = "x[order] + y[/b] + z[a:x:b]"
+    report = barred()
+    rows = tuple(replace(row, name=odd) for row in report.layers)
+    bad = replace(report, layers=rows, barriers=((odd, odd, odd),), kept=((odd, "input", 3, odd),), notes=(odd,))
+    assert str(bad).count(odd) == len(rows) + 3 + 2 + 1
+
+
 def test_pictures_show_the_weights_zeros() -> None:
     """Before and after, a row's stripes are the channels that the reader's weight uses."""
     model = zeroed()

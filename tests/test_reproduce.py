@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import pickle
@@ -9,10 +10,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Timer
 
 import numpy as np
 import pytest
@@ -28,10 +32,11 @@ pytest.importorskip("PIL")
 import upscale
 from support.classifiers import CLASSES, residual
 from upscale.cli.reproduce import HELP
+from upscale.reproduce import executors
 from upscale.reproduce.executors import local, on_ray
 from upscale.reproduce.images import View, load_dataset
 from upscale.reproduce.models import ModelError, find_recipe, find_weights, load_model
-from upscale.reproduce.rows import Combination, Row, Source, read_rows
+from upscale.reproduce.rows import Combination, Row, Source, blank, read_rows, write_rows
 from upscale.reproduce.run import combinations, left, plan_jobs
 from upscale.reproduce.worker import Job, Subject, evaluate
 from upscale.zoo.table import BadTableError
@@ -161,6 +166,15 @@ def test_more_classes_than_outputs_are_refused(place: Path) -> None:
 # -- the run ----------------------------------------------------------------------------------------------------------
 
 
+def test_rows_of_another_size_or_calibration_are_no_rows_of_this_one(place: Path) -> None:
+    usual = source(place, calibration=256)
+    others = [replace(usual, **change) for change in ({"size": 32}, {"std": (1.0, 1.0, 1.0)}, {"calibration": 8})]
+    out = place / "rows.csv"
+    write_rows(out, [blank(usual, Combination(), upscale.__version__, "", "")])
+    jobs = plan_jobs([usual, *others], [Combination()])
+    assert left(jobs, out, resume=True) == jobs[1:]
+
+
 def test_combinations_have_the_dense_network_once_and_no_contiguous_outputs() -> None:
     found = combinations(["l1"], ["input", "output"], ["unconstrained", "contiguous"], [0.5, 0.1])
     assert [str(how) for how in found] == [
@@ -181,6 +195,43 @@ def test_processes_give_the_rows_of_this_one_and_survive_a_death(place: Path) ->
     assert set(found) == set(jobs)
     assert [found[job].reason for job in jobs[:2]] == ["its process died: out of memory?"] * 2
     assert [without_times(found[job]) for job in jobs[2:]] == [without_times(evaluate(job)) for job in jobs[2:]]
+
+
+class Processes:
+    """A pool without processes, in which a job of the network "killer" breaks everything; others take a moment."""
+
+    def __init__(self, refuses: int = -1) -> None:
+        self.running: list[Future[Row]] = []
+        self.refuses, self.submitted = refuses, 0
+
+    def submit(self, work: Callable[[Job], Row], job: Job) -> Future[Row]:
+        self.submitted += 1
+        if self.submitted == self.refuses:
+            raise BrokenProcessPool
+        future: Future[Row] = Future()
+        self.running.append(future)
+        if job.source.model != "killer":
+            how = job.combination
+            Timer(0.2, lambda: future.done() or future.set_result(blank(job.source, how, "", "", ""))).start()
+            return future
+        for other in self.running:
+            if not other.done():
+                other.set_exception(BrokenProcessPool())
+        return future
+
+
+def test_only_the_job_that_kills_its_process_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executors, "_pool", lambda workers: contextlib.nullcontext(Processes()))
+    jobs = [Job(Source(name, "", ""), Combination()) for name in ("a", "b", "killer", "c")]
+    found = dict(local(jobs, 3))
+    assert {job.source.model for job in jobs if found[job].reason} == {"killer"}
+
+
+def test_no_job_is_lost_where_a_process_dies_before_the_next_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    pools = iter([Processes(refuses=2), Processes()])
+    monkeypatch.setattr(executors, "_pool", lambda workers: contextlib.nullcontext(next(pools)))
+    jobs = [Job(Source(name, "", ""), Combination()) for name in ("a", "b", "c")]
+    assert set(dict(local(jobs, 2))) == set(jobs)
 
 
 @pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from pathlib import Path
 from typing import Any
@@ -112,9 +113,15 @@ def test_arrays_of_another_kind_are_refused(tmp_path: Path, changes: dict[str, A
 
 def test_what_is_no_data_is_told(tmp_path: Path) -> None:
     (tmp_path / "bad.npz").write_bytes(b"no archive")
+    whole = arrays(tmp_path / "whole.npz").read_bytes()
+    (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
+    with (tmp_path / "single.npz").open("wb") as file:
+        np.save(file, np.zeros(3))
     np.savez(tmp_path / "other.npz", weights=np.zeros(3))
     for path, message in (
         (tmp_path / "bad.npz", "cannot read"),
+        (tmp_path / "cut.npz", "cannot read"),
+        (tmp_path / "single.npz", "cannot read"),
         (tmp_path / "other.npz", "holds weights"),
         (tmp_path / "nowhere", "no folder and no .npz file"),
         (tmp_path, "has neither cifar10.npz, nor folders with images"),
@@ -125,6 +132,20 @@ def test_what_is_no_data_is_told(tmp_path: Path) -> None:
     np.savez(tmp_path / "pickled.npz", images=objects, labels=np.zeros(1, np.int64))
     with pytest.raises(DataError, match="cannot read"):
         load_dataset(tmp_path / "pickled.npz", "", SEEN)
+
+
+def test_jpeg_images_of_different_sizes_are_refused(tmp_path: Path) -> None:
+    files = []
+    for size in (8, 9):
+        drawn = io.BytesIO()
+        Image.new("RGB", (size, 8)).save(drawn, format="jpeg")
+        files.append(np.frombuffer(drawn.getvalue(), np.uint8))
+    offsets = np.cumsum([0, *map(len, files)])
+    np.savez(tmp_path / "a.npz", jpeg=np.concatenate(files), offsets=offsets, labels=np.zeros(2, np.int64))
+    test = load_dataset(tmp_path / "a.npz", "", SEEN).test
+    assert test.batch([1]).shape == (1, 3, 8, 8)
+    with pytest.raises(DataError, match=r"different sizes, \(8, 8\) and \(8, 9\)"):
+        test.batch([0, 1])
 
 
 # -- gains ------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,9 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +29,7 @@ from test_heads import EMBED, WIDTH, Attention, attention, tokens
 from test_random_networks import STEADY
 from test_target import Readers
 from test_twins import Pyramid
+from upscale.files import replacing
 from upscale.raising import raise_program
 
 ROOT = Path(__file__).parent.parent
@@ -226,6 +229,44 @@ def test_tied_weights_and_hidden_buffers(path: Path) -> None:
     untied.head.weight = nn.Parameter(torch.randn(11, 6))
     with pytest.raises(upscale.MismatchError, match="head.weight"):
         upscale.load(path, untied)
+
+
+class Turned(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 6), nn.Linear(6, 3)
+        self.phase = nn.Parameter(torch.randn(6, dtype=torch.complex64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b((self.a(x) * self.phase).abs())
+
+
+def test_complex_parameters_are_trained_on(path: Path) -> None:
+    model = Turned().eval()
+    model.b.bias.requires_grad_(False)
+    x = torch.rand(2, 8)
+    loaded = round_trip(upscale.prune(model, x), Turned(), path, x)
+    assert {name for name, p in loaded.named_parameters() if not p.requires_grad} == {"b.bias"}
+
+
+def test_the_file_has_the_usual_permissions(pruned: torch.fx.GraphModule, path: Path) -> None:
+    other = path.with_name("other")
+    other.touch()
+    upscale.save(pruned, path)
+    assert path.stat().st_mode == other.stat().st_mode
+
+
+def test_threads_may_write_one_path(tmp_path: Path) -> None:
+    both_write = threading.Barrier(2)
+
+    def write(text: str) -> None:
+        with replacing(tmp_path / "a") as draft:
+            draft.write_text(text)
+            both_write.wait(10)
+
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(write, ("1", "2")))
+    assert [file.name for file in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_text() in ("1", "2")
 
 
 def test_pruned_again_and_again(path: Path) -> None:

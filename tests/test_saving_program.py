@@ -159,6 +159,26 @@ def test_damage(saved: Path, content: bytes) -> None:
     assert refused > 30
 
 
+class Beside(nn.Sequential):
+    """Returns something beside a tensor."""
+
+    def __init__(self, what: Any) -> None:
+        super().__init__(nn.Linear(8, 6), nn.Linear(6, 3))
+        self.what = what
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return super().forward(x), x.shape[0] if self.what == "batch" else self.what
+
+
+def test_a_program_that_torch_does_not_read_is_not_kept(tmp_path: Path) -> None:
+    texts = upscale.prune(Beside("text"), torch.rand(2, 8))
+    with pytest.raises(upscale.FileError, match=r"does it return a text.*\.safetensors"):
+        upscale.save(texts, tmp_path / "a.pt2")
+    assert not list(tmp_path.iterdir())
+    upscale.save(upscale.prune(Beside("batch"), torch.rand(2, 8)), tmp_path / "a.pt2")
+    assert upscale.load(tmp_path / "a.pt2")(torch.rand(5, 8))[1] == 5
+
+
 def test_the_documented_examples_run() -> None:
     text = (ROOT / "docs" / "saving.md").read_text()
     names: dict[str, Any] = {"__name__": "example"}

@@ -102,3 +102,10 @@ def test_segments_need_inputs_that_run() -> None:
     manager = MaskingManager(nn.ModuleDict({"inner": model}))  # its forward takes nothing
     with pytest.raises(InputError, match="give example_inputs="):
         manager.segments()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_channels_may_be_chosen_on_another_device() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1))
+    segment = MaskingManager(model, example_inputs=torch.rand(1, 3, 4, 4)).segments()[0]
+    assert segment.layers[0].places(torch.tensor([5, 2], device="cuda")).tolist() == [2, 5]

@@ -248,6 +248,12 @@ def test_groups_that_are_pruned_or_of_another_model_are_refused() -> None:
         masks_from_groups(model, [], side="left")  # type: ignore[arg-type]
 
 
+def test_a_step_that_has_pruned_gives_no_groups() -> None:
+    model = dense(SmallResNet())
+    with pytest.raises(InputError, match=r"interactive=True.*masks_from_history"):
+        masks_from_groups(model, pruner(copy.deepcopy(model)).step())
+
+
 def test_modules_without_masks_are_named() -> None:
     class Attends(nn.Module):
         def __init__(self) -> None:

@@ -16,12 +16,14 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
+from torch.export.graph_signature import ConstantArgument
 from torch.utils import _pytree as pytree
 
 from .errors import ConversionError, FileError, InputError
 from .recipe import Step
 from .saving import unchanged
 from .saving.program import check_same_outputs, example_call, reexported
+from .saving.state import named_tensors
 
 __all__ = ["to_onnx"]
 
@@ -44,9 +46,10 @@ def to_onnx(model: nn.Module, path: str | os.PathLike[str], *, opset: int | None
             precision).
 
     Raises:
-        InputError: ``path`` ends otherwise, or a package is missing. MismatchError: ``model`` is no pruned model, or
-        was changed. ConversionError: an operator does not exist in ONNX, or not in this opset. VerificationError: ONNX
-        Runtime computes something else. FileError: the file cannot be written.
+        InputError: ``path`` ends otherwise, a package is missing, or there are weights in bfloat16, which cannot be
+        checked. MismatchError: ``model`` is no pruned model, or was changed. ConversionError: an operator does not
+        exist in ONNX, or not in this opset. VerificationError: ONNX Runtime computes something else. FileError: the
+        file cannot be written.
     """
     target = Path(path)
     if target.suffix != ".onnx":
@@ -54,7 +57,11 @@ def to_onnx(model: nn.Module, path: str | os.PathLike[str], *, opset: int | None
     _check_packages(("onnx", "onnxscript", "onnxruntime") if check else ("onnx", "onnxscript"))
     pruned, recipe = unchanged(model)
     step = recipe.steps[-1]
-    converted = _converted(reexported(pruned, step), opset)
+    if check and torch.bfloat16 in _dtypes(pruned):
+        raise InputError("ONNX Runtime takes no bfloat16 from here: write the file unchecked with check=False")
+    program = reexported(pruned, step)
+    _check_outputs(program)
+    converted = _converted(program, opset)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as text:
@@ -75,6 +82,16 @@ def _check_packages(needed: tuple[str, ...]) -> None:
         raise InputError(f"{', '.join(missing)} missing: pip install 'upscale-pruning[onnx]'{hint}")
 
 
+def _check_outputs(program: ExportedProgram) -> None:
+    """An ONNX file gives tensors, and sizes as tensors."""
+    for spec in program.graph_signature.output_specs:
+        if isinstance(spec.arg, ConstantArgument) and spec.arg.value is not None:
+            raise ConversionError(
+                f"the model returns {spec.arg.value!r}, which is the same for every input, and ONNX files hold tensors "
+                "alone: export a model that returns its tensors"
+            )
+
+
 def _converted(program: ExportedProgram, opset: int | None) -> Any:
     """Torch's ONNX program."""
     try:
@@ -90,6 +107,18 @@ def _converted(program: ExportedProgram, opset: int | None) -> Any:
             f"the other; leave opset out, or ask for {made}"
         )
     return converted
+
+
+def _dtypes(pruned: nn.Module) -> set[torch.dtype]:
+    """Those of the weights: the inputs may be whole numbers alone."""
+    return {tensor.dtype for _, tensor in named_tensors(pruned)}
+
+
+def _advice(pruned: nn.Module) -> str:
+    """It has few operators in other types than float32."""
+    if not any(dtype.is_floating_point and dtype != torch.float32 for dtype in _dtypes(pruned)):
+        return ""
+    return " in its type of numbers (call float() on it first, or write the file unchecked with check=False)"
 
 
 def _of(opset: int | None) -> str:
@@ -114,30 +143,29 @@ def _check(pruned: fx.GraphModule, step: Step, path: Path) -> None:
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:
-        raise ConversionError(f"ONNX Runtime does not take the model: {_cause(error)}") from error
+        raise ConversionError(f"ONNX Runtime does not take the model{_advice(pruned)}: {_cause(error)}") from error
     names = [entry.name for entry in session.get_inputs()]
     free = not all(isinstance(size, int) for entry in session.get_inputs() for size in entry.shape[:1])
+    half = torch.float16 in _dtypes(pruned)
     flags = {module: module.training for module in pruned.modules()}
     pruned.eval()
     try:
         for seed, batch in ((0, None), (1, 3)) if free else ((0, None),):
             example = example_call(pruned, step, seed, batch)
-            if any(leaf.dtype == torch.bfloat16 for leaf in example.leaves):
-                raise InputError("ONNX Runtime takes no bfloat16 from here: write the file unchecked with check=False")
             if len(names) != len(example.leaves):
                 raise ConversionError(f"the ONNX file takes {len(names)} inputs, the model {len(example.leaves)}")
             feed = {name: leaf.cpu().numpy() for name, leaf in zip(names, example.leaves, strict=True)}
             outputs = [torch.from_numpy(value) for value in session.run(None, feed)]
-            expected = pytree.tree_map(_on_cpu, pruned(*example.args, **example.kwargs))
-            half = any(leaf.dtype == torch.float16 for leaf in example.leaves)
+            expected = pytree.tree_map(_as_in_file, pruned(*example.args, **example.kwargs))
             check_same_outputs(expected, outputs, "the ONNX file", _HALF if half else _TOLERANCE)
     finally:
         for module, training in flags.items():
             module.training = training
 
 
-def _on_cpu(value: Any) -> Any:
-    return value.cpu() if isinstance(value, torch.Tensor) else value
+def _as_in_file(value: Any) -> Any:
+    """Sizes that a model returns are tensors there."""
+    return value.cpu() if isinstance(value, torch.Tensor) else torch.tensor(value) if type(value) is int else value
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from .raising import raise_program, training_notes
 from .recipe import attach_recipe, make_recipe
 from .report import Report, count_parameters, kept_by_choice, layer_rows
 from .setting import checked_target, in_format, setting_for
-from .signature import call_with, flatten
+from .signature import call_with, leaves_at
 from .verification import Verification, verify
 
 
@@ -135,14 +135,9 @@ def finish(compiled: Compiled, class_name: str, check: bool = True) -> torch.fx.
 def flat_call(program: Program, model: nn.Module) -> Callable[[Sequence[torch.Tensor]], list[Any]]:
     """``model`` as a function from flat input tensors to the flat outputs of ``program``."""
 
-    def is_output(value: Any) -> bool:
-        return isinstance(value, torch.Tensor)
-
     def call(inputs: Sequence[torch.Tensor]) -> list[Any]:
         args, kwargs = call_with(program.signature.arguments, inputs)
-        leaves: list[Any] = []
-        flatten(model(*args, **kwargs), leaves, is_output)
-        return leaves
+        return leaves_at(program.signature.outputs, model(*args, **kwargs))
 
     return call
 

@@ -64,9 +64,9 @@ class Inspection:
     def render(self, width: int | None = None) -> str:
         """The findings as text, ``width`` characters wide; None: no line is broken."""
         buffer = StringIO()
-        console = Console(file=buffer, width=width or _WIDEST, highlight=False)
+        console = Console(file=buffer, width=width or _WIDEST, highlight=False, markup=False, emoji=False)
         console.print(self._table())
-        console.print(self._summary(), soft_wrap=width is None, markup=False)
+        console.print(self._summary(), soft_wrap=width is None)
         return buffer.getvalue().rstrip("\n")
 
     def _table(self) -> Table:

@@ -78,7 +78,7 @@ def observe(
 def quietly_evaluated(model: nn.Module) -> Iterator[None]:
     """Eval mode without gradients; flags, buffers and random numbers are put back on the way out."""
     flags = [(module, module.training) for module in model.modules()]
-    buffers = [(buffer, buffer.detach().clone(), buffer._version) for buffer in model.buffers()]
+    buffers = [(buffer, buffer.detach().clone(), _version(buffer)) for buffer in model.buffers()]
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # the fused transformer kernel would hide its layers
     try:
@@ -91,8 +91,13 @@ def quietly_evaluated(model: nn.Module) -> Iterator[None]:
             module.training = training
         with torch.no_grad():
             for buffer, before, version in buffers:
-                if buffer._version != version:
+                if version is None or _version(buffer) != version:
                     buffer.copy_(before)
+
+
+def _version(buffer: Tensor) -> int | None:
+    """How often a tensor was written to; None for those of ``torch.inference_mode``, which do not count."""
+    return None if buffer.is_inference() else buffer._version
 
 
 class _Tracer(TorchDispatchMode):

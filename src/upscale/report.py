@@ -112,7 +112,7 @@ class Report:
     def render(self, width: int | None = None) -> str:
         """The report as text, ``width`` characters wide; None: no name in the table and no line is broken."""
         buffer = StringIO()
-        console = Console(file=buffer, width=width or _WIDEST, highlight=False)
+        console = Console(file=buffer, width=width or _WIDEST, highlight=False, markup=False, emoji=False)
         console.print(self._table())
         console.print(self._summary(), soft_wrap=width is None)
         return buffer.getvalue().rstrip("\n")
@@ -159,7 +159,7 @@ class Report:
         for layer, side, channels, reason in self.kept:
             lines.append(f"kept        {channels} {side} channels of {layer}: {reason}")
         lines += [f"note        {note}" for note in self.notes]
-        return "\n".join(line.replace("[", r"\[") for line in lines)
+        return "\n".join(lines)
 
 
 #: What the kinds of reads mean; those that copy say so.

@@ -71,7 +71,7 @@ class Retained:
         if alone:
             table.add_row("layers on their own", *_cells(len(alone), alone))
         table.add_row("together", *_cells(sum(len(s.layers) for s in self.spaces), self.spaces))
-        console = Console(width=100, color_system=None)
+        console = Console(width=100, color_system=None, markup=False, emoji=False)
         with console.capture() as captured:
             console.print("Retained importance, in percent of all", table, sep="\n")
         return captured.get().rstrip()

@@ -39,7 +39,7 @@ class Member:
 
         ``channels``: numbers of the segment's channels, as a tensor or a list. Raises ``InputError`` for others.
         """
-        wanted = torch.as_tensor(channels)
+        wanted = torch.as_tensor(channels).cpu()
         if wanted.numel() and (wanted.is_floating_point() or wanted.dtype == torch.bool or wanted.is_complex()):
             raise InputError(f"channels of a segment are whole numbers, not {wanted.dtype}")
         wanted = wanted.long().flatten()

@@ -102,6 +102,18 @@ def flatten(value: Any, leaves: list[Any], is_leaf: Callable[[Any], bool]) -> Tr
     return Branch(kind, made, keys, tuple(flatten(child, leaves, is_leaf) for child in children))
 
 
+def leaves_at(tree: Tree, value: Any) -> list[Any]:
+    """What lies in ``value`` where ``tree`` has leaves: tensors, and sizes that are computed."""
+    if isinstance(tree, Leaf):
+        return [value]
+    if isinstance(tree, Const):
+        return []
+    parts = _parts(value)
+    found = {} if parts is None else dict(zip(parts[2], parts[3], strict=True))
+    pairs = zip(tree.keys, tree.children, strict=True)
+    return [leaf for key, child in pairs for leaf in leaves_at(child, found.get(key))]
+
+
 def rebuild(tree: Tree, leaves: Sequence[Any]) -> Any:
     """Inverse of :func:`flatten`."""
     if isinstance(tree, Leaf):

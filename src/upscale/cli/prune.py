@@ -21,7 +21,7 @@ from .. import measure
 from ..errors import UpscaleError
 from ..importance.choose import NAMES
 from ..repairing import RepairReport, RepairWarning
-from ..reproduce.evaluation import FROM_IMAGES, accuracy, batches_of
+from ..reproduce.evaluation import FROM_IMAGES, accuracy, batches_of, check_outputs
 from ..reproduce.images import DataError, Images
 from ..waiting import Waiting
 from ..zoo.subject import Subject
@@ -201,6 +201,8 @@ def prune(
         subject = find_subject(model, inputs, weights, seed)
         try:
             images = images_for(model, subject, data, needs, seed, (mean, std)) if data else None
+            if evaluate and images:
+                check_outputs(subject.model, images[0])
             waiting.step("masking")
             how["importance"] = (
                 FROM_IMAGES[importance](images[1]) if images and importance in FROM_IMAGES else importance

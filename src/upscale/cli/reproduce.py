@@ -201,7 +201,7 @@ def _run(jobs: Sequence[Job], todo: Sequence[Job], out: Path, executor: str, wor
     """Measure what is left, with a bar; a line for each combination as it is done."""
     console = Console(stderr=True)
     if len(todo) < len(jobs):
-        console.print(f"{len(jobs) - len(todo)} of {len(jobs)} combinations are in {out} already")
+        console.out(f"{len(jobs) - len(todo)} of {len(jobs)} combinations are in {out} already", highlight=False)
     if not todo:
         return
     columns = (
@@ -234,5 +234,5 @@ def _conclude(jobs: Sequence[Job], out: Path, command: str) -> int:
         console.print(f"{row.model} {row.combination}: {row.reason}", style="red", highlight=False, markup=False)
     pictures = write_plots(out, every)
     written = [out / "rows.csv", *pictures, write_summary(out, every, pictures, command)]
-    console.print(f"written to {', '.join(map(os.fspath, written))}", highlight=False)
+    console.out(f"written to {', '.join(map(os.fspath, written))}", highlight=False)
     return 1 if failed else 0

@@ -47,6 +47,11 @@ def masks_from_groups(model: nn.Module, groups: Any, side: Side = "input") -> Ma
     """
     named = _Named.of(model, side)
     gone: dict[str, set[int]] = {}
+    if groups is None:
+        raise InputError(
+            "there are no groups: pruner.step() has pruned and returns nothing; pruner.step(interactive=True) returns "
+            "groups, or give masks_from_history the model as it was before and pruner.pruning_history()"
+        )
     for group in [groups] if hasattr(groups, "items") else groups:
         for name, channels in named.channels(group).items():
             gone.setdefault(name, set()).update(channels)

@@ -10,12 +10,24 @@ from torch import Tensor, nn
 import upscale
 
 from ..importance import Heuristic
-from .images import Images
+from .images import DataError, Images
 
-__all__ = ["FROM_IMAGES", "accuracy", "batches_of"]
+__all__ = ["FROM_IMAGES", "accuracy", "batches_of", "check_outputs"]
 
 _PIXELS = 1 << 19  # of the images of one batch, and of those that ranks of feature maps are taken of
 _BATCH = 100  # images, at most
+
+
+def check_outputs(model: nn.Module, images: Images) -> None:
+    """Raises ``DataError`` where a model does not give one class for each label there is, at least."""
+    with torch.no_grad():
+        scores = model(images.batch(range(1)))
+    if not isinstance(scores, Tensor) or scores.ndim != 2:
+        raise DataError(f"{type(model).__name__} must return one tensor of (images, classes), to be evaluated")
+    if int(images.labels.max()) >= scores.shape[1]:
+        raise DataError(
+            f"the data has {int(images.labels.max()) + 1} classes, {type(model).__name__} only {scores.shape[1]}"
+        )
 
 
 def accuracy(model: nn.Module, images: Images) -> float:

@@ -31,7 +31,8 @@ _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "KINETO_LOG_LEVE
 
 
 def local(jobs: Sequence[Job], workers: int, address: str = "") -> Iterator[tuple[Job, Row]]:
-    """Rows as they are done, by ``workers`` processes of this machine. A process that dies is replaced.
+    """Rows as they are done, by ``workers`` processes of this machine. A process that dies is replaced, and the jobs
+    that ran then are tried again one at a time, so that only the one that kills its process is given up.
 
     When the caller stops listening (Ctrl-C), the processes are ended, and what they did is in no row.
     """
@@ -42,9 +43,9 @@ def local(jobs: Sequence[Job], workers: int, address: str = "") -> Iterator[tupl
         with _pool(workers) as pool:
             try:
                 while todo or running:
-                    while todo and len(running) < workers:
-                        job = todo.popleft()
-                        running[pool.submit(evaluate, job)] = job
+                    while todo and len(running) < (1 if deaths.keys() & {todo[0], *running.values()} else workers):
+                        running[pool.submit(evaluate, todo[0])] = todo[0]
+                        todo.popleft()  # only now: a process that died meanwhile makes submit raise
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
                         row = future.result()
                         yield running.pop(future), row

@@ -49,8 +49,12 @@ class Images:
         return len(self.labels)
 
     def batch(self, indices: Sequence[int]) -> Tensor:
-        """Images ``indices`` as float32 of shape (len(indices), 3, size, size), contiguous."""
-        pixels = torch.from_numpy(np.stack([self._pixels(i) for i in indices]))
+        """Images ``indices`` as float32 of shape (len(indices), 3, size, size), contiguous.
+
+        Raises:
+            DataError: an image cannot be read, or they are not of one size.
+        """
+        pixels = torch.from_numpy(_stack([self._pixels(i) for i in indices]))
         # In memory the images are channels-last; convolutions would carry that layout on.
         images = pixels.permute(0, 3, 1, 2).contiguous().float() / 255
         size = (self.view.size, self.view.size)
@@ -127,8 +131,8 @@ def _from_arrays(path: Path, view: View) -> Dataset:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files if key != "names"}
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"cannot read {path}: {error}") from error
+    except Exception as error:  # a damaged archive, or another kind of file, may raise anything
+        raise DataError(f"cannot read {path} as arrays: {error}") from error
     if {"jpeg", "offsets", "labels"} <= arrays.keys():
         jpeg, offsets = arrays["jpeg"], arrays["offsets"]
         labels = _labels(path, arrays["labels"], len(offsets) - 1)
@@ -154,6 +158,12 @@ def _stacked(path: Path, images: np.ndarray, labels: np.ndarray, view: View) -> 
             f"{path}: images must be uint8 of shape (count, height, width, 3), not {images.dtype} {images.shape}"
         )
     return Images(images.__getitem__, _labels(path, labels, len(images)), view)
+
+
+def _stack(images: Sequence[np.ndarray]) -> np.ndarray:
+    if len(sizes := sorted({image.shape[:2] for image in images})) > 1:
+        raise DataError(f"images of different sizes, {sizes[0]} and {sizes[1]} pixels: bring them to one size")
+    return np.stack(images)
 
 
 def _labels(path: Path, labels: np.ndarray, count: int) -> Tensor:

@@ -45,6 +45,15 @@ class Source:
     std: tuple[float, ...] = ()
     size: int = 0
 
+    @property
+    def images_seen(self) -> str:
+        """The name of the images, and what of their use is not as usual: rows that differ in it do not compare."""
+        told = [f"{self.size} px"] if self.size else []
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            told += [f"{name} {' '.join(f'{value:g}' for value in values)}"] if values else []
+        told += [f"{self.calibration} to calibrate"] if self.calibration != type(self).calibration else []
+        return ", ".join([Path(self.data).stem, *told])
+
 
 @dataclass(frozen=True)
 class Combination:
@@ -70,7 +79,7 @@ class Row:
 
     model: str
     weights: str  # the file's name, without its ending
-    data: str
+    data: str  # see ``Source.images_seen``
     images: int  # that were asked for; 0: all
     seed: int
     importance: str
@@ -137,7 +146,7 @@ def blank(source: Source, combination: Combination, version: str, torch: str, ma
     return Row(
         source.model,
         Path(source.weights).stem,
-        Path(source.data).stem,
+        source.images_seen,
         source.images,
         source.seed,
         **asdict(combination),

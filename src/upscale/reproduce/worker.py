@@ -30,7 +30,7 @@ from ..program import Program
 from ..zoo.compare import relative_error
 from ..zoo.rows import TOLERANCE
 from ..zoo.worker import first_line
-from .evaluation import FROM_IMAGES, accuracy, batches_of
+from .evaluation import FROM_IMAGES, accuracy, batches_of, check_outputs
 from .images import DataError, Images, View, load_dataset
 from .models import KNOWN, find_recipe, load_model
 from .rows import DENSE, Combination, Row, Source, blank
@@ -64,7 +64,7 @@ class Subject:
         self.images, self.calibration = _images(source, recipe.data, recipe.view)
         self.dense = load_model(source.model, recipe, Path(source.weights))
         self.model = copy.deepcopy(self.dense)
-        _check_outputs(self.dense, self.images)
+        check_outputs(self.dense, self.images)
         self._managers: dict[tuple[str, str], MaskingManager] = {}
         self._scored: dict[tuple[str, str], str] = {}
 
@@ -146,18 +146,6 @@ def _images(source: Source, data: str, view: View) -> tuple[Images, Images]:
     if len(test) < 2:
         raise DataError(f"{source.data} has {len(dataset.test)} images: too few to evaluate on")
     return test, calibration
-
-
-def _check_outputs(model: nn.Module, images: Images) -> None:
-    """One class for each label there is, at least."""
-    with torch.no_grad():
-        scores = model(images.batch(range(1)))
-    if not isinstance(scores, Tensor) or scores.ndim != 2:
-        raise DataError(f"{type(model).__name__} must return one tensor of (images, classes), to be evaluated")
-    if int(images.labels.max()) >= scores.shape[1]:
-        raise DataError(
-            f"the data has {int(images.labels.max()) + 1} classes, {type(model).__name__} only {scores.shape[1]}"
-        )
 
 
 @functools.lru_cache(maxsize=1)

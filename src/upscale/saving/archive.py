@@ -40,18 +40,34 @@ def write(path: Path, program: ExportedProgram, report: Report) -> None:
     """Write ``program`` without its example inputs, which torch would pickle; whole or not at all.
 
     Raises:
-        FileError: the file cannot be written, or torch cannot serialise the program.
+        FileError: the file cannot be written, or torch cannot serialise the program or not read it again.
     """
     program.example_inputs = None
     try:
         with replacing(path) as draft, draft.open("w+b") as file:
             with _quiet():
                 torch.export.save(program, file)
+            _read_again(path, file)
             _describe(file, report)
+    except FileError:
+        raise
     except OSError as error:
         raise FileError(f"{str(path)!r} cannot be written: {error}") from error
     except Exception as error:
         raise FileError(f"torch cannot write {str(path)!r}: {type(error).__name__}: {error}") from error
+
+
+def _read_again(path: Path, file: Any) -> None:
+    """Torch writes some programs that it does not read, those that return texts for instance."""
+    file.seek(0)
+    try:
+        with _quiet():
+            torch.export.load(file)
+    except Exception as error:
+        raise FileError(
+            f"{str(path)!r} cannot be written: torch does not read what it makes of this model (does it return a "
+            f"text?); save it as .safetensors. {type(error).__name__}: {error}"
+        ) from error
 
 
 def _describe(file: Any, report: Report) -> None:

@@ -84,7 +84,8 @@ def apply_state(
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 parameter.data = placed[state.aliases.get(prefix + name, prefix + name)]
-                parameter.requires_grad_(prefix + name not in frozen and parameter.is_floating_point())
+                trainable = parameter.is_floating_point() or parameter.is_complex()
+                parameter.requires_grad_(trainable and prefix + name not in frozen)
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = placed[state.aliases.get(prefix + name, prefix + name)]

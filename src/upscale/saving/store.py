@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,11 @@ def write(path: Path, body: dict[str, Any], tensors: Mapping[str, Tensor]) -> No
     head = {"format": FORMAT, "version": VERSION, "sha256": digest(body, ready), "body": body}
     try:
         with replacing(path) as draft:
+            draft.touch()
+            mode = stat.S_IMODE(draft.stat().st_mode)
             # one entry only: several would be written in an order that changes from call to call
             save_file(ready, draft, {_KEY: _compact(head)})
+            draft.chmod(mode)  # safetensors makes files that nobody else can read, whatever the umask
     except (OSError, SafetensorError) as error:
         raise FileError(f"{str(path)!r} cannot be written: {error}") from error
     except KeyError as error:
