@@ -266,9 +266,11 @@ def test_run_resume_pictures_and_summary(place: Path, capsys: pytest.CaptureFixt
         "l2 input constrained 25 %",
     ]
     names = sorted(path.name for path in out.iterdir())
-    assert names == ["rows.csv", "summary.md", "support.classifiers_residual-input-40.png"]
+    assert names == ["rows.csv", "summary.md", "support.classifiers_residual-input-40-8_to_calibrate.png"]
     text = (out / "summary.md").read_text()
-    assert "What unconstrained masks gain" in text and "support.classifiers_residual-input-40.png" in text
+    assert (
+        "What unconstrained masks gain" in text and "support.classifiers_residual-input-40-8_to_calibrate.png" in text
+    )
     assert (out / names[2]).read_bytes().startswith(b"\x89PNG")
 
     assert in_process(*common, "--amounts", ".25:.5:.25", "--methods", "unconstrained") == 0

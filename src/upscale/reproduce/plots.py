@@ -48,23 +48,27 @@ def write_plots(folder: Path, rows: Sequence[Row]) -> list[Path]:
         some = [curve for curve in found if _set_of(curve) == name]
         models = list(dict.fromkeys(curve.model for curve in some))
         for model in models:
-            mine = [curve for curve in some if curve.model == model]
-            title = f"{model}: top-1 in percent on {mine[0].points[0].evaluated:,} images"
-            path = folder / f"{'-'.join([_safe(model), *name])}.png"
-            _draw(path, title, {_panel_of(curve): _along(curve) for curve in mine}, mine[0].dense)
-            written.append(path)
+            every = [curve for curve in some if curve.model == model]
+            for number, data in enumerate(dict.fromkeys(curve.points[0].data for curve in every)):  # of sizes, say
+                mine = [curve for curve in every if curve.points[0].data == data]
+                title = f"{model}: top-1 in percent on {mine[0].points[0].evaluated:,} images"
+                path = folder / f"{'-'.join([_safe(model), *name, *([str(number + 1)] if number else [])])}.png"
+                _draw(path, title, {_panel_of(curve): _along(curve) for curve in mine}, mine[0].dense)
+                written.append(path)
         if len(models) > 1:
             path = folder / f"{'-'.join(['mean', *name])}.png"
             title = f"top-1 / dense top-1, mean of {len(models)} networks"
+            first = {model: next(c.points[0].data for c in some if c.model == model) for model in models}
+            some = [curve for curve in some if curve.points[0].data == first[curve.model]]
             _draw(path, title, _averages(some, len(models)), 1.0)
             written.append(path)
     return written
 
 
 def _set_of(curve: Curve) -> tuple[str, ...]:
-    """What pictures are of: curves of one side, on as many images."""
+    """What pictures are of: curves of one side, on as many images, used alike."""
     row = curve.points[0]
-    return (curve.side, str(row.images or "all"))
+    return (curve.side, str(row.images or "all"), *([_safe(row.use)] if row.use else []))
 
 
 def _safe(name: str) -> str:

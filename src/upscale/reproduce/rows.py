@@ -114,6 +114,11 @@ class Row:
         return f"{self.repaired} ({self.calibration:,} images)" if self.repaired else ""
 
     @property
+    def use(self) -> str:
+        """How many images were set aside, where it is not the usual number: others were evaluated on then."""
+        return next((told for told in self.data.split(", ") if told.endswith(" to calibrate")), "")
+
+    @property
     def key(self) -> tuple[Any, ...]:
         """What makes two rows the same measurement."""
         return (*self.group, self.importance, self.side, self.method, self.amount, self.repaired, self.calibration)

@@ -56,8 +56,8 @@ def document(rows: Sequence[Row], pictures: Sequence[str], command: str) -> str:
 
 
 def _data_of(row: Row) -> tuple[Any, ...]:
-    """What the rows of a section have in common: whole sets or parts, the machine, the version."""
-    return (row.images, row.version, row.torch, row.machine)
+    """What the rows of a section have in common: whole sets or parts, how they are used, the machine, the version."""
+    return (row.images, row.use, row.version, row.torch, row.machine)
 
 
 def _section(rows: Sequence[Row]) -> str:
@@ -66,7 +66,8 @@ def _section(rows: Sequence[Row]) -> str:
         f"{model} {images:,}" for model, images in dict.fromkeys((r.model, r.evaluated or 0) for r in rows)
     )
     parts = [
-        f"## On {f'{first.images:,}' if first.images else 'all'} images\n\nEvaluated on: {counts}. "
+        f"## On {f'{first.images:,}' if first.images else 'all'} images{first.use and f' ({first.use})'}\n\n"
+        f"Evaluated on: {counts}. "
         f"{first.machine}, torch {first.torch}, upscale {first.version}.\n"
     ]
     found = curves(rows)
