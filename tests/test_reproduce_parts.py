@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -244,3 +245,12 @@ def test_amounts_are_exact(text: str, expected: tuple[float, ...]) -> None:
 def test_other_amounts_are_refused(text: str) -> None:
     with pytest.raises(UsageError, match="--amounts"):
         listed("--amounts", [text], shares)
+
+
+def test_without_pillow_it_is_said_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "1.png").write_bytes(b"")
+    test = load_dataset(tmp_path, "", SEEN).test
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(DataError, match="pip install pillow"):
+        test.batch([0])

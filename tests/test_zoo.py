@@ -395,3 +395,11 @@ def test_columns_of_the_table_are_documented_by_their_names(tmp_path: Path) -> N
     with path.open() as file:
         header = next(csv.reader(file))
     assert header[:6] == ["suite", "model", "exported", "equal", "error", "sensitivity"]
+
+
+def test_without_a_library_it_is_said_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("upscale.cli.zoo.find_spec", lambda name: None)
+    assert in_process("zoo", "resnet18") == 2
+    assert "no suite is installed: pip install 'upscale-pruning[zoo]'" in capsys.readouterr().err

@@ -155,7 +155,8 @@ def _from_file(path: Path) -> Subject:
         raise UsageError(f"cannot read {path}: {_first(error)}") from error
     args, kwargs = program.example_inputs or ((), {})
     if not (args or kwargs):
-        raise UsageError(f"{path} has no example inputs in it: export the model again, with torch.export.save")
+        hint = "files of upscale.save hold none; name the model that it was made of"
+        raise UsageError(f"{path} has no example inputs in it ({hint})")
     try:
         model = upscale.PruningManager(program.module()).compute(kwargs or args).trace()
     except UpscaleError as error:

@@ -116,6 +116,8 @@ def zoo(
     settings = Settings(_checked(amount), side.value, method.value, reads.value, dtype.value, seed)
     limits = Limits(timeout, memory)
     suites = suite or [name for name, (_, package) in BUILT_IN.items() if find_spec(package)]
+    if not suites:
+        raise UsageError("no suite is installed: pip install 'upscale-pruning[zoo]', or give a file with --suite")
     try:
         if listing:
             return _list(suites)

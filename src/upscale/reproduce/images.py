@@ -6,6 +6,7 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -191,8 +192,7 @@ def _from_folder(path: Path, preferred: str, view: View) -> Dataset:
 
 def _cropped(file: Path, size: int) -> np.ndarray:
     """The middle of an image file, after its shorter side was brought to 8/7 of ``size``."""
-    from PIL import Image
-
+    Image = _pillow()
     try:
         with Image.open(file) as opened:
             image = opened.convert("RGB")
@@ -206,7 +206,14 @@ def _cropped(file: Path, size: int) -> np.ndarray:
 
 
 def _decoded(jpeg: np.ndarray) -> np.ndarray:
-    from PIL import Image
-
+    Image = _pillow()
     with Image.open(io.BytesIO(jpeg.tobytes())) as image:
         return np.asarray(image.convert("RGB"))
+
+
+def _pillow() -> Any:
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise DataError("image files need pillow: pip install pillow") from error
+    return Image
