@@ -24,6 +24,7 @@ from upscale.repairing import run as repairing
 from upscale.repairing.examples import Examples
 from upscale.repairing.moments import Regression
 from upscale.repairing.pair import capture_pair, collect
+from upscale.repairing.report import LayerRepair
 from upscale.repairing.samples import HELD_OUT, _Ends
 from upscale.repairing.segments import find_segments
 from upscale.repairing.solve import _ByPattern
@@ -579,6 +580,12 @@ def test_the_report_survives_copies_and_pickle() -> None:
     for network in (pruned, repaired):
         assert "held-out" in str(copy.deepcopy(network).repair_report)
         assert "held-out" in pickle.loads(pickle.dumps(network)).repair_report
+
+
+def test_names_in_the_report_are_no_markup() -> None:
+    row = LayerRepair("blocks.[x].:x:", 1.0, 0.5, 1e-3, 10, 2)
+    text = str(upscale.RepairReport((row,), {"last[/b]": "tied"}, (1.0, 0.5), blocks=(("end[y]", 1.0, 0.5),)))
+    assert all(name in text for name in ("blocks.[x].:x:", "last[/b] (tied)", "end[y]"))
 
 
 def test_the_examples_of_the_documentation_run(capsys: pytest.CaptureFixture[str]) -> None:

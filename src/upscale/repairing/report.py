@@ -86,7 +86,7 @@ class RepairReport:
     def render(self, width: int | None = None) -> str:
         """The report as text, ``width`` characters wide; None: no line is broken."""
         buffer = StringIO()
-        console = Console(file=buffer, width=width or _WIDEST, highlight=False)
+        console = Console(file=buffer, width=width or _WIDEST, highlight=False, markup=False, emoji=False)
         console.print(self._table())
         if self.blocks:
             console.print(self._block_table())
