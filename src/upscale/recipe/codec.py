@@ -7,6 +7,7 @@ a pool, as stretches of neighbours (``"0:64 70 72:80"``, ends excluded).
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 import types
@@ -181,6 +182,7 @@ def _decode_simple(kind: Any, data: Any, where: str) -> Any:
 _NAMES = {float: "a number", int: "an integer", str: "a text", bool: "true or false"}
 
 
+@functools.cache
 def _hints(kind: Any) -> dict[str, Any]:
     """Types of a dataclass's fields; fields marked ``compare=False`` belong to the run, not to the value."""
     hints = typing.get_type_hints(kind)
