@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
@@ -21,6 +18,7 @@ from torch import nn
 pytest.importorskip("typer")
 pytest.importorskip("psutil")
 
+from support.command import in_process, interrupted
 from upscale.bench import checks, worker
 from upscale.bench.backends import inductor, onnxruntime
 from upscale.bench.markdown import document
@@ -39,17 +37,6 @@ SMALL = "support.bench_models:small"
 SETTING = Setting(amount=0.25, batch=2, size=8)
 QUICK = Budget(rounds=3, warmup=1, seconds=60)
 HERE = Place("1", "2", "a machine")
-
-
-def in_process(*arguments: object) -> int:
-    """The status of the command, run here; the models have processes of their own all the same."""
-    from upscale.cli.app import run
-
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        return run([str(argument) for argument in arguments])
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def examined(
@@ -188,23 +175,9 @@ def test_run_resume_plot_and_markdown(
 @pytest.mark.skipif(os.name != "posix", reason="sends a signal")
 def test_ctrl_c_leaves_a_whole_table(tmp_path: Path) -> None:
     out = tmp_path / "b.csv"
-    path = os.pathsep.join([str(TESTS.parent / "src"), str(TESTS), os.environ.get("PYTHONPATH", "")])
     models = ["support.bench_models:broken", "support.bench_models:sleeping"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "upscale.cli", "bench", *models, "--size", "8", "--out", str(out)],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    started = time.monotonic()
-    while not out.exists() and time.monotonic() - started < 100:
-        time.sleep(0.1)
-    time.sleep(1)
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=30)
-    assert process.returncode == 130 and "interrupted" in output, output
+    _, status, output = interrupted(["bench", *models, "--size", "8", "--out", out], tmp_path, out.exists)
+    assert status == 130 and "interrupted" in output, output
     assert {row.model for row in read_rows(out)} == {"support.bench_models:broken"}
     assert not list(tmp_path.glob(".*.tmp"))
 

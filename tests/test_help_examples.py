@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
-import signal
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import pytest
 pytest.importorskip("typer")
 pytest.importorskip("psutil")
 
+from support.command import in_process
 from upscale.cli import bench, coverage, inspect, prune, reproduce, zoo
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,8 +34,6 @@ def first_example(text: str) -> list[str]:
 
 @pytest.mark.parametrize("command", HELPS)
 def test_the_first_example_runs(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from upscale.cli.app import run
-
     if find_spec("torchvision") is None or find_spec("matplotlib") is None:
         pytest.skip("torchvision or matplotlib is not installed")
     shared = Path(os.environ.get("UPSCALE_SHARED") or ROOT.parent / "shared").resolve()
@@ -43,11 +41,7 @@ def test_the_first_example_runs(command: str, tmp_path: Path, monkeypatch: pytes
         pytest.skip(f"{shared} is not there")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("UPSCALE_SHARED", str(shared))
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        if command == "coverage":  # of tables that another example writes
-            assert run(["zoo", "--suite", "torchvision", "alexnet", "--out", "torchvision.csv"]) == 0
-            shutil.copy("torchvision.csv", "timm.csv")
-        assert run(first_example(HELPS[command])) == 0
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    if command == "coverage":  # of tables that another example writes
+        assert in_process("zoo", "--suite", "torchvision", "alexnet", "--out", "torchvision.csv") == 0
+        shutil.copy("torchvision.csv", "timm.csv")
+    assert in_process(*first_example(HELPS[command])) == 0

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import signal
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import upscale
+from support.command import in_process
 from support.oracle import fingerprint
 from upscale import InputError
 from upscale.inspection import Space
@@ -83,8 +84,6 @@ pytest.importorskip("psutil")
 
 @pytest.fixture
 def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> object:
-    from upscale.cli.app import run
-
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mynets.py").write_text(
         "import torch\n"
@@ -95,9 +94,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> object:
         "def number():\n"
         "    return 3\n"
     )
-    before = signal.getsignal(signal.SIGTERM)
-    yield lambda *arguments: run(["inspect", *map(str, arguments)])
-    signal.signal(signal.SIGTERM, before)
+    return functools.partial(in_process, "inspect")
 
 
 def test_ones_own_model_in_text_and_json(command: object, capsys: pytest.CaptureFixture[str]) -> None:

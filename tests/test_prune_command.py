@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,7 +17,8 @@ pytest.importorskip("typer")
 pytest.importorskip("psutil")
 
 import upscale
-from support.classifiers import CLASSES, Residual
+from support.classifiers import Residual, write_files
+from support.command import in_process
 from upscale.cli.prune import HELP
 
 TESTS = Path(__file__).resolve().parent
@@ -26,19 +27,12 @@ Command = Callable[..., int]
 
 
 @pytest.fixture
-def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Command]:
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
     """``upscale prune`` in a folder that has weights of a small network and images."""
-    from upscale.cli.app import run
-
     monkeypatch.syspath_prepend(str(TESTS))
     monkeypatch.chdir(tmp_path)
-    torch.manual_seed(1)
-    save_file(Residual().state_dict(), tmp_path / "w.safetensors")
-    images = np.random.default_rng(0).integers(0, 256, (40, 16, 16, 3), dtype=np.uint8)
-    np.savez(tmp_path / "d.npz", images=images, labels=np.arange(40) % CLASSES)
-    before = signal.getsignal(signal.SIGTERM)
-    yield lambda *arguments: run(["prune", *map(str, arguments)])
-    signal.signal(signal.SIGTERM, before)
+    write_files(tmp_path, 40)
+    return functools.partial(in_process, "prune")
 
 
 COMMON = (NAME, "--weights", "w.safetensors", "--inputs", "2x3x16x16")

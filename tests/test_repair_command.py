@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 pytest.importorskip("typer")
 pytest.importorskip("psutil")
@@ -19,12 +17,13 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("PIL")
 
 import upscale
-from support.classifiers import CLASSES, Residual
+from support.classifiers import Residual, write_files
+from support.command import in_process
 from upscale.reproduce.evaluation import batches_of
 from upscale.reproduce.gains import curves, gains
 from upscale.reproduce.images import View, load_dataset
 from upscale.reproduce.rows import RIDGE, Combination, Row, Source, read_rows, write_rows
-from upscale.reproduce.run import combinations, key_of, left, plan_jobs
+from upscale.reproduce.run import combinations, left, plan_jobs
 from upscale.reproduce.show import gains_table, table
 from upscale.reproduce.summary import document
 from upscale.reproduce.worker import Job, Subject, evaluate
@@ -37,20 +36,12 @@ Command = Callable[..., int]
 
 
 @pytest.fixture
-def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Command]:
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
     """``upscale`` in a folder that has weights of a small network and images, of which 40 are for calibration."""
-    from upscale.cli.app import run
-
     monkeypatch.syspath_prepend(str(TESTS))
     monkeypatch.chdir(tmp_path)
-    torch.manual_seed(1)
-    save_file(Residual().state_dict(), tmp_path / "w.safetensors")
-    draw = np.random.default_rng(0)
-    images = draw.integers(0, 100, (60, 16, 16, 3)) + draw.integers(0, 156, (60, 1, 1, 3))
-    np.savez(tmp_path / "d.npz", images=images.astype(np.uint8), labels=np.arange(60) % CLASSES)
-    before = signal.getsignal(signal.SIGTERM)
-    yield lambda *arguments: run([str(argument) for argument in arguments])
-    signal.signal(signal.SIGTERM, before)
+    write_files(tmp_path, 60)
+    return in_process
 
 
 PRUNE = ("prune", NAME, "--weights", "w.safetensors", "--inputs", "2x3x16x16", "--data", "d.npz", "--amount", 0.5)
@@ -137,10 +128,12 @@ def test_without_images_to_repair_on_there_is_a_reason(command: Command) -> None
 
 def test_repair_and_images_are_part_of_the_key(command: Command) -> None:
     how = Combination("l2", "input", "unconstrained", 0.5, RIDGE)
-    keys = {key_of(Job(source(calibration=n), h)) for n in (20, 40) for h in (how, Combination(*vars(how).values()))}
+    keys = {
+        Job(source(calibration=n), h).blank().key for n in (20, 40) for h in (how, Combination(*vars(how).values()))
+    }
     assert len(keys) == 2
     plain = Combination("l2", "input", "unconstrained", 0.5)
-    keys = {key_of(Job(source(calibration=n), plain)) for n in (20, 40)}
+    keys = {Job(source(calibration=n), plain).blank().key for n in (20, 40)}
     assert len(keys) == 2  # where none are set aside already, others are evaluated on
     assert str(how) == "l2 input unconstrained + ridge 50 %"
 

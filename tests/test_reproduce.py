@@ -6,10 +6,6 @@ import contextlib
 import copy
 import os
 import pickle
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
@@ -31,6 +27,7 @@ pytest.importorskip("PIL")
 
 import upscale
 from support.classifiers import CLASSES, residual
+from support.command import in_process, interrupted, wait_until
 from upscale.cli.reproduce import HELP
 from upscale.reproduce import executors
 from upscale.reproduce.executors import local, on_ray
@@ -241,17 +238,6 @@ def test_a_ray_cluster_of_two_gives_the_same_rows(place: Path, monkeypatch: pyte
     assert [without_times(found[job]) for job in jobs] == [without_times(evaluate(job)) for job in jobs]
 
 
-def in_process(*arguments: object) -> int:
-    """The status of the command, run here."""
-    from upscale.cli.app import run
-
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        return run([str(argument) for argument in arguments])
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def test_run_resume_pictures_and_summary(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = place / "out"
     common = ("reproduce", "--models", NAME, "--weights", place / "weights.safetensors", "--data", place / "data.npz")
@@ -282,30 +268,16 @@ def test_run_resume_pictures_and_summary(place: Path, capsys: pytest.CaptureFixt
 @pytest.mark.skipif(os.name != "posix", reason="sends a signal")
 def test_ctrl_c_leaves_a_whole_table_and_no_process(place: Path) -> None:
     out = place / "out"
-    path = os.pathsep.join([str(TESTS.parent / "src"), str(TESTS), os.environ.get("PYTHONPATH", "")])
     models = f"{NAME},support.classifiers:sleeping"
     arguments = ["--models", models, "--size", "16", "--importance", "l2", "--amounts", ".25", "--workers", "2"]
     files = ["--weights", str(place / "weights.safetensors"), "--data", str(place / "data.npz"), "--out", str(out)]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "upscale.cli", "reproduce", *arguments, *files, "--methods", "unconstrained"],
-        cwd=place,
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    started = time.monotonic()
-    while not _rows(out, 2) and time.monotonic() - started < 100:
-        time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does it: to all of them
-    output, _ = process.communicate(timeout=30)
-    assert process.returncode == 130 and "interrupted" in output, output
+    call = ["reproduce", *arguments, *files, "--methods", "unconstrained"]
+    group, status, output = interrupted(call, place, lambda: _rows(out, 2))
+    assert status == 130 and "interrupted" in output, output
     assert {row.model for row in read_rows(out / "rows.csv")} == {NAME}
     assert sorted(path.name for path in out.iterdir()) == ["rows.csv"]
-    while _alive(process.pid) and time.monotonic() - started < 130:
-        time.sleep(0.1)
-    assert not _alive(process.pid)
+    wait_until(lambda: not _alive(group), 30)
+    assert not _alive(group)
 
 
 def _alive(group: int) -> bool:

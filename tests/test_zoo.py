@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import importlib.util
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ pytest.importorskip("typer")
 pytest.importorskip("psutil")
 
 import upscale
+from support.command import command, environment, in_process, interrupted
 from upscale.cli.zoo import HELP
 from upscale.zoo.compare import DifferentError, relative_error, removed_share
 from upscale.zoo.inputs import InputsError, parse_inputs
@@ -57,30 +57,10 @@ def suite(folder: Path, *names: str) -> Path:
     return path
 
 
-def command(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "upscale.cli", *map(str, arguments)]
-
-
-def environment() -> dict[str, str]:
-    path = os.pathsep.join([str(TESTS.parent / "src"), str(TESTS), os.environ.get("PYTHONPATH", "")])
-    return {**os.environ, "PYTHONPATH": path, "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
-
-
 def upscale_command(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command(*arguments), cwd=folder, env=environment(), capture_output=True, text=True, timeout=300, check=False
     )
-
-
-def in_process(*arguments: object) -> int:
-    """The status of the command, run here: cheaper than a process."""
-    from upscale.cli.app import run
-
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        return run([str(argument) for argument in arguments])
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 # -- one model --------------------------------------------------------------------------------------------------------
@@ -182,21 +162,8 @@ def test_run_resume_and_markdown(
 @pytest.mark.skipif(os.name != "posix", reason="sends a signal")
 def test_ctrl_c_leaves_a_whole_table(tmp_path: Path) -> None:
     file, out = suite(tmp_path, "broken", "sleeping"), tmp_path / "table.csv"
-    process = subprocess.Popen(
-        command("zoo", "--suite", file, "--out", out),
-        cwd=tmp_path,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    started = time.monotonic()
-    while not out.exists() and time.monotonic() - started < 100:
-        time.sleep(0.1)
-    time.sleep(1)
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=30)
-    assert process.returncode == 130 and "interrupted" in output, output
+    _, status, output = interrupted(["zoo", "--suite", file, "--out", out], tmp_path, out.exists)
+    assert status == 130 and "interrupted" in output, output
     assert [row.model for row in read_rows(out)] == ["broken"]
     assert not list(tmp_path.glob(".*.tmp"))
 

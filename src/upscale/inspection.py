@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from io import StringIO
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 
@@ -17,12 +14,11 @@ from .channels import channel_count
 from .flow import analyse_flow
 from .mask_arguments import as_call, checked_model
 from .mask_groups import find_layers
+from .printing import as_text, barrier_lines
 from .report import count_parameters
 from .segment_objects import segments_of
 
 __all__ = ["Inspection", "Space", "inspect"]
-
-_WIDEST = 250  # characters; a table takes what it needs
 
 
 @dataclass(frozen=True)
@@ -63,11 +59,7 @@ class Inspection:
 
     def render(self, width: int | None = None) -> str:
         """The findings as text, ``width`` characters wide; None: no line is broken."""
-        buffer = StringIO()
-        console = Console(file=buffer, width=width or _WIDEST, highlight=False, markup=False, emoji=False)
-        console.print(self._table())
-        console.print(self._summary(), soft_wrap=width is None)
-        return buffer.getvalue().rstrip("\n")
+        return as_text((self._table(), self._summary()), width)
 
     def _table(self) -> Table:
         table = Table(title=f"{self.model}: channels that layers share", title_justify="left")
@@ -85,9 +77,7 @@ class Inspection:
         ]
         if self.apart:
             lines.append(f"read whole  (by an output, a norm over channels, ...) or in groups: {', '.join(self.apart)}")
-        for (place, operator, reason), times in Counter(self.barriers).items():
-            count = f" ({times} times)" if times > 1 else ""
-            lines.append(f"barrier     {operator} at {place}: {reason}{count}")
+        lines += barrier_lines(self.barriers)
         lines += [f"note        {note}" for note in self.notes]
         return "\n".join(lines)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 from pathlib import Path
 
 __all__ = ["processor"]
 
 
+@functools.cache
 def processor() -> str:
     """The name that Linux has for the first core, else what Python knows."""
     try:

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from io import StringIO
 from math import prod
 from os import PathLike
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch.fx import Node
 
 from .flow import Flow
 from .flow.effects import Contract, PerChannel, size_of
 from .plan import Choice, Plan
+from .printing import as_text, barrier_lines
 from .program import Program, module_path
 
 
@@ -111,11 +109,7 @@ class Report:
 
     def render(self, width: int | None = None) -> str:
         """The report as text, ``width`` characters wide; None: no name in the table and no line is broken."""
-        buffer = StringIO()
-        console = Console(file=buffer, width=width or _WIDEST, highlight=False, markup=False, emoji=False)
-        console.print(self._table())
-        console.print(self._summary(), soft_wrap=width is None)
-        return buffer.getvalue().rstrip("\n")
+        return as_text((self._table(), self._summary()), width)
 
     def _table(self) -> Table:
         table = Table(title="channels before -> after", title_justify="left")
@@ -153,9 +147,7 @@ class Report:
             sizes = ", ".join(map(str, self.batches))
             lines.append(f"verified    largest relative error {self.error:.1e} at batch {sizes}")
         lines.append("seconds     " + ", ".join(f"{k} {v:.2f}" for k, v in self.seconds.items()))
-        for (place, operator, reason), times in Counter(self.barriers).items():
-            count = f" ({times} times)" if times > 1 else ""
-            lines.append(f"barrier     {operator} at {place}: {reason}{count}")
+        lines += barrier_lines(self.barriers)
         for layer, side, channels, reason in self.kept:
             lines.append(f"kept        {channels} {side} channels of {layer}: {reason}")
         lines += [f"note        {note}" for note in self.notes]
@@ -171,7 +163,6 @@ READ_TEXTS = {
     "channelwise": "copies channel by channel",
     "collect": "copies from several tensors",
 }
-_WIDEST = 250  # characters; the table takes what it needs
 
 
 def _read_text(kind: str) -> str:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import time
+from pathlib import Path
 
+import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 CLASSES = 4
@@ -27,6 +30,15 @@ class Residual(nn.Module):
         x = torch.relu(self.norm(self.stem(x)))
         x = x + torch.relu(self.inner(x))
         return self.head(torch.relu(self.last(x)).mean((2, 3)))
+
+
+def write_files(folder: Path, count: int) -> None:
+    """``w.safetensors``, weights of :class:`Residual`, and ``d.npz``, so many images with labels in turn."""
+    torch.manual_seed(1)
+    save_file(Residual().state_dict(), folder / "w.safetensors")
+    draw = np.random.default_rng(0)
+    images = draw.integers(0, 100, (count, 16, 16, 3)) + draw.integers(0, 156, (count, 1, 1, 3))
+    np.savez(folder / "d.npz", images=images.astype(np.uint8), labels=np.arange(count) % CLASSES)
 
 
 def residual() -> nn.Module:

@@ -7,6 +7,8 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from ..markdown import escaped
+from ..markdown import table as markdown_table
 from .rows import VARIANTS, Place, Row, Setting, grouped
 from .show import QUOTIENTS, kilobytes, milliseconds, quotient, ratio, remarks
 
@@ -87,8 +89,8 @@ def _section(rows: Sequence[Row]) -> str:
     lines = [_line(group) for group in groups]
     if len(lines) > 1:
         lines.append(_mean(groups))
-    notes = [f"- {_cell(text)}" for text in remarks(rows)]
-    parts = [f"### {_title(first)}\n", _table(_HEADER, lines)]
+    notes = [f"- {escaped(text)}" for text in remarks(rows)]
+    parts = [f"### {_title(first)}\n", markdown_table(_HEADER, lines)]
     return "\n".join([*parts, *([*notes, ""] if notes else [])])
 
 
@@ -122,12 +124,3 @@ def _mean(groups: Sequence[Mapping[str, Row]]) -> list[str]:
 def _geometric(values: Iterable[float | None]) -> str:
     known = [value for value in values if value]
     return ratio(statistics.geometric_mean(known)) if known else ""
-
-
-def _table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    return "\n".join("| " + " | ".join(map(_cell, cells)) + " |" for cells in (header, rule, *lines)) + "\n"
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")

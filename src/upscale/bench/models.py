@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -11,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..zoo.nearest import did_you_mean
 from ..zoo.randomise import randomise
 from ..zoo.subject import Inputs, Subject, each_tensor, rebatched
 from ..zoo.suite_file import find_builder
@@ -75,8 +75,7 @@ def _has(suite: Suite, name: str) -> bool:
 
 
 def _complaint(name: str, known: Sequence[str], suites: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, dict.fromkeys(known), n=3, cutoff=0.5)
-    hint = f"did you mean {', '.join(near)}?" if near else "write package.module:function for a model of your own"
+    hint = did_you_mean(name, known) or "write package.module:function for a model of your own"
     return f"no model {name!r} in {', '.join(suites) or 'any suite'}: {hint}"
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import json
-import os
 import sys
 import time
 import warnings
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .. import measure
+from ..files import replacing
 from ..zoo.worker import first_line, peak_mb
 from . import checks
 from .backends import BACKENDS, Prepared
@@ -166,9 +166,8 @@ def _shapes(inputs: Any) -> str:
 
 
 def _write(path: Path, rows: Sequence[Row]) -> None:
-    draft = path.with_suffix(".draft")
-    draft.write_text(json.dumps([asdict(row) for row in rows]), encoding="utf-8")
-    os.replace(draft, path)
+    with replacing(path) as draft:
+        draft.write_text(json.dumps([asdict(row) for row in rows]), encoding="utf-8")
 
 
 def main(arguments: list[str]) -> int:

@@ -14,7 +14,6 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 from ..bench.backends import BACKENDS, missing_packages
 from ..bench.markdown import write_markdown
@@ -26,6 +25,8 @@ from ..bench.worker import Budget, Job
 from ..zoo.process import Limits
 from ..zoo.suites import SuiteError
 from ..zoo.table import BadTableError
+from .bars import long_bar
+from .choices import Side
 from .errors import UsageError
 from .values import count, listed, one_of, share
 
@@ -39,11 +40,6 @@ DEFAULT_MODELS = (
     "regnet_y_400mf",
     "shufflenet_v2_x1_0",
 )
-
-
-class Side(str, Enum):
-    input = "input"
-    output = "output"
 
 
 class DType(str, Enum):
@@ -218,15 +214,7 @@ def _run(jobs: Sequence[Job], todo: Sequence[Job], out: Path, limits: Limits) ->
         console.print(f"{len(jobs) - len(todo)} of {len(jobs)} measurements are in {out} already")
     if not todo:
         return
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description:50.50}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, speed_estimate_period=3600) as progress:
+    with long_bar(console, 50) as progress:
         task = progress.add_task("", total=len(todo))
         tell = lambda job: progress.update(task, description=f"{job.source.model} {job.setting}")  # noqa: E731
         for rows in measured(todo, out, limits, tell):

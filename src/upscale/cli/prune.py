@@ -25,6 +25,7 @@ from ..reproduce.evaluation import FROM_IMAGES, accuracy, batches_of, check_outp
 from ..reproduce.images import DataError, Images
 from ..waiting import Waiting
 from ..zoo.subject import Subject
+from .choices import Reads, Side
 from .errors import UsageError
 from .photos import DEFAULT_MEAN, DEFAULT_STD, Mean, Std, images_for
 from .specs import FORMS, find_subject
@@ -33,21 +34,10 @@ from .values import listed
 _WHAT, _HOW, _OUT, _DATA = "What goes", "How the result reads", "What is written", "Images"
 
 
-class Side(str, Enum):
-    input = "input"
-    output = "output"
-
-
 class Method(str, Enum):
     unconstrained = "unconstrained"
     constrained = "constrained"
     contiguous = "contiguous"
-
-
-class Reads(str, Enum):
-    auto = "auto"
-    gather = "gather"
-    baseline = "baseline"
 
 
 class Format(str, Enum):

@@ -11,16 +11,16 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 from ..reproduce.executors import EXECUTORS
 from ..reproduce.images import DataError
 from ..reproduce.models import KNOWN, ModelError, find_recipe, find_weights, shared
 from ..reproduce.rows import IMPORTANCES, METHODS, RIDGE, Row, Source, read_rows
-from ..reproduce.run import combinations, key_of, left, plan_jobs, sweep
+from ..reproduce.run import combinations, left, plan_jobs, sweep
 from ..reproduce.show import gains_table, line, table
 from ..reproduce.worker import Job, check
 from ..zoo.table import BadTableError
+from .bars import long_bar
 from .errors import UsageError
 from .photos import DEFAULT_MEAN, DEFAULT_STD, Mean, Std, colours
 from .values import listed, one_of, shares
@@ -143,7 +143,7 @@ def reproduce(
         sorted({share for group in listed("--amounts", amounts, shares) for share in group}),
         ("", RIDGE) if repair else ("",),
     )
-    one_of_executors(executor)
+    _check_executor(executor)
     view = (colours("--mean", mean), colours("--std", std), size)
     shown = (_images(images), calibration, seed)
     try:
@@ -159,7 +159,7 @@ def reproduce(
         raise UsageError(str(error)) from error
 
 
-def one_of_executors(name: str) -> None:
+def _check_executor(name: str) -> None:
     """Raises ``UsageError`` for another name, or where what it needs is not installed."""
     if name not in EXECUTORS:
         raise UsageError(f"--executor: {name!r} is none of {', '.join(EXECUTORS)}")
@@ -204,15 +204,7 @@ def _run(jobs: Sequence[Job], todo: Sequence[Job], out: Path, executor: str, wor
         console.out(f"{len(jobs) - len(todo)} of {len(jobs)} combinations are in {out} already", highlight=False)
     if not todo:
         return
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description:40.40}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, speed_estimate_period=3600) as progress:
+    with long_bar(console, 40) as progress:
         task = progress.add_task(todo[0].source.model, total=len(todo))
         for job, row in sweep(todo, out, executor, workers, address):
             progress.update(task, advance=1, description=f"{job.source.model} {job.combination}")
@@ -224,7 +216,7 @@ def _conclude(jobs: Sequence[Job], out: Path, command: str) -> int:
     from ..reproduce.summary import write_summary
 
     every = read_rows(out / "rows.csv")
-    wanted = {key_of(job) for job in jobs}
+    wanted = {job.blank().key for job in jobs}
     rows: list[Row] = [row for row in every if row.key in wanted]
     console = Console()
     console.print(table(rows))

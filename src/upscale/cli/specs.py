@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from ..bench.models import DEFAULT_SIZE, default_suites, resized, runs
 from ..errors import UpscaleError
 from ..reproduce.models import KNOWN, ModelError, load_weights
 from ..zoo.inputs import InputsError, parse_inputs
+from ..zoo.nearest import did_you_mean
 from ..zoo.subject import Subject
 from ..zoo.suite_file import find_builder
 from ..zoo.suites import Suite, SuiteError, load_suite
@@ -101,8 +101,8 @@ def _bare(name: str, seed: int) -> Subject:
 
 
 def _near(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, dict.fromkeys(known), n=3, cutoff=0.5)
-    return f": did you mean {', '.join(near)}?" if near else "; write package.module:function for one of your own"
+    hint = did_you_mean(name, known)
+    return f": {hint}" if hint else "; write package.module:function for one of your own"
 
 
 def _own(spec: str, seed: int) -> Subject:

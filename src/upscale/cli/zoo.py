@@ -19,6 +19,7 @@ from ..zoo.run import Run, Trial, UnknownModelError, choose, left
 from ..zoo.show import failures, line, summary, table
 from ..zoo.suite_file import FORMAT
 from ..zoo.suites import BUILT_IN, SuiteError, load_suite
+from .choices import Reads
 from .errors import UsageError
 
 
@@ -31,12 +32,6 @@ class Side(str, Enum):
 class Method(str, Enum):
     unconstrained = "unconstrained"
     constrained = "constrained"
-
-
-class Reads(str, Enum):
-    auto = "auto"
-    gather = "gather"
-    baseline = "baseline"
 
 
 class DType(str, Enum):

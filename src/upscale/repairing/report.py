@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from io import StringIO
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
+
+from ..printing import as_text
 
 __all__ = ["LayerRepair", "RepairReport", "RepairWarning"]
 
@@ -85,20 +85,15 @@ class RepairReport:
 
     def render(self, width: int | None = None) -> str:
         """The report as text, ``width`` characters wide; None: no line is broken."""
-        buffer = StringIO()
-        console = Console(file=buffer, width=width or _WIDEST, highlight=False, markup=False, emoji=False)
-        console.print(self._table())
+        parts: list[Table | str] = [self._table()]
         if self.blocks:
-            console.print(self._block_table())
-        for name, reason in self.left.items():
-            console.print(f"left as it is: {name} ({reason})")
+            parts.append(self._block_table())
+        parts += [f"left as it is: {name} ({reason})" for name, reason in self.left.items()]
         if self.recalibrated is not None:
-            console.print(f"batch norm statistics moved by {self.recalibrated:.0%}")
-        console.print(
-            f"error of the network's outputs: {self.outputs[0]:.4g} before, {self.outputs[1]:.4g} after; "
-            f"{self.seconds:.1f} s"
-        )
-        return buffer.getvalue().rstrip("\n")
+            parts.append(f"batch norm statistics moved by {self.recalibrated:.0%}")
+        before, after = self.outputs
+        parts.append(f"error of the network's outputs: {before:.4g} before, {after:.4g} after; {self.seconds:.1f} s")
+        return as_text(parts, width, _WIDEST)
 
     def _table(self) -> Table:
         table = Table(title="Repair: error of each layer on held-out examples")

@@ -15,13 +15,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
-import torch
-
-import upscale
-
 from ..bench.run import ALLOCATOR
-from ..machine import processor
-from .rows import Row, blank
+from .rows import Row
 from .worker import Job, evaluate
 
 __all__ = ["EXECUTORS", "local", "on_ray"]
@@ -59,7 +54,7 @@ def local(jobs: Sequence[Job], workers: int, address: str = "") -> Iterator[tupl
 
 
 def _died(job: Job) -> Row:
-    row = blank(job.source, job.combination, upscale.__version__, torch.__version__, processor())
+    row = job.blank()
     row.reason = "its process died: out of memory?"
     return row
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import os
 from collections.abc import Callable
@@ -14,6 +13,7 @@ import torch
 from torch import nn
 
 from ..zoo.lenient import import_torchvision
+from ..zoo.nearest import did_you_mean
 from ..zoo.suite_file import find_builder
 from .images import CIFAR_FILE, IMAGENET_FILE, View
 from .networks import DenseNet40, ResNetCifar
@@ -141,8 +141,7 @@ def find_recipe(name: str, view: View | None = None) -> Recipe:
             if name in names:
                 return Recipe(name, functools.partial(build, name), view=view)
             found += names
-    near = difflib.get_close_matches(name, found, n=3, cutoff=0.5)
-    hint = f"did you mean {', '.join(near)}?" if near else "write package.module:function for a model of your own"
+    hint = did_you_mean(name, found) or "write package.module:function for a model of your own"
     raise ModelError(f"no model {name!r}: {hint}")
 
 

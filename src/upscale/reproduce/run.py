@@ -6,10 +6,8 @@ import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import upscale
-
 from .executors import EXECUTORS
-from .rows import METHODS, Combination, Row, Source, blank, merged, read_rows, write_rows
+from .rows import METHODS, Combination, Row, Source, merged, read_rows, write_rows
 from .worker import Job
 
 __all__ = ["combinations", "left", "plan_jobs", "sweep"]
@@ -36,17 +34,12 @@ def plan_jobs(sources: Sequence[Source], wanted: Sequence[Combination]) -> list[
     return [Job(source, how) for source in sources for how in wanted]
 
 
-def key_of(job: Job) -> tuple[object, ...]:
-    """The key of the row that the job makes."""
-    return blank(job.source, job.combination, upscale.__version__, "", "").key
-
-
 def left(jobs: Sequence[Job], out: Path, resume: bool) -> list[Job]:
     """The jobs without a row in the table; all of them, unless the sweep is resumed. Failed ones are tried again."""
     if not resume:
         return list(jobs)
     done = {row.key for row in read_rows(out) if not row.reason}
-    return [job for job in jobs if key_of(job) not in done]
+    return [job for job in jobs if job.blank().key not in done]
 
 
 def sweep(jobs: Sequence[Job], out: Path, executor: str, workers: int, address: str = "") -> Iterator[tuple[Job, Row]]:

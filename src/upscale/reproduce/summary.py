@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..files import replacing
+from ..markdown import escaped
+from ..markdown import table as markdown_table
 from .gains import AXES, Gain, curves, gains, mean_gain
 from .models import KNOWN
 from .rows import DENSE, METHODS, Row
@@ -78,7 +80,7 @@ def _section(rows: Sequence[Row]) -> str:
     parts.append(_numbers(rows))
     notes = [f"- {row.model}: {KNOWN[row.model].note}." for row in rows if row.method == DENSE and row.model in KNOWN]
     parts += [note + "\n" for note in notes if not note.endswith(": .")]
-    parts += [f"- {row.model}, {row.combination}: {_cell(row.reason)}\n" for row in rows if row.reason]
+    parts += [f"- {row.model}, {row.combination}: {escaped(row.reason)}\n" for row in rows if row.reason]
     return "\n".join(parts)
 
 
@@ -91,7 +93,7 @@ def _gains(method: str, repair: str, every: Sequence[Gain]) -> str:
             lines.append([name, *_means(some)])
     lines.append(["**mean**", *(f"**{cell}**" for cell in _means(every))])
     after = f", both with {repair}" if repair else ""
-    return f"### What {method} masks gain{after}\n\n{_table(header, lines)}\n{_losses(method, every)}"
+    return f"### What {method} masks gain{after}\n\n{markdown_table(header, lines)}\n{_losses(method, every)}"
 
 
 def _means(some: Sequence[Gain]) -> list[str]:
@@ -128,7 +130,7 @@ def _numbers(rows: Sequence[Row]) -> str:
             start = dense.get(model) if field == "top1" else 1.0
             values = [getattr(by_amount[a], field) if a in by_amount else None for a in amounts]
             lines.append([model, importance, method, *(_number(value, digits) for value in (start, *values))])
-        parts.append(f"### {title}\n\n{_table(header, lines)}")
+        parts.append(f"### {title}\n\n{markdown_table(header, lines)}")
     return "\n".join(parts)
 
 
@@ -139,12 +141,3 @@ def _how(row: Row) -> str:
 
 def _number(value: float | None, digits: int) -> str:
     return "" if value is None else f"{value:.{digits}f}"
-
-
-def _table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    return "\n".join("| " + " | ".join(map(_cell, cells)) + " |" for cells in (header, rule, *lines)) + "\n"
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")

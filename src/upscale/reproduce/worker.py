@@ -49,6 +49,10 @@ class Job:
     source: Source
     combination: Combination
 
+    def blank(self) -> Row:
+        """The row that says only what is about to be measured, here."""
+        return blank(self.source, self.combination, upscale.__version__, torch.__version__, processor())
+
 
 class DifferentError(Exception):
     """The exported model does not compute what the masked model computes."""
@@ -168,7 +172,7 @@ def check(source: Source, wanted: Iterable[Combination] = ()) -> None:
 def evaluate(job: Job) -> Row:
     """The row of a job. Never raises: what went wrong is in the row."""
     started = time.perf_counter()
-    row = _blank(job)
+    row = job.blank()
     try:
         torch.set_num_threads(1)
         subject = _subject(job.source)
@@ -178,10 +182,6 @@ def evaluate(job: Job) -> Row:
         row.reason = first_line(error)
     row.seconds = round(time.perf_counter() - started, 2)
     return row
-
-
-def _blank(job: Job) -> Row:
-    return blank(job.source, job.combination, upscale.__version__, torch.__version__, processor())
 
 
 def _fill(row: Row, subject: Subject, how: Combination) -> None:

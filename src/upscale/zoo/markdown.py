@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+from ..markdown import table as markdown_table
 from .rows import Row
 from .show import Totals, parameters_removed, percent, seconds
 
@@ -74,11 +75,11 @@ def _section(settings: str, rows: Sequence[Row]) -> str:
     lines = [_total(name, Totals.of(some)) for name, some in by_suite.items()]
     if len(suites) > 1:
         lines.append(_total("**all**", Totals.of(rows)))
-    parts = [f"## {settings}\n", _table(_SUMMARY, lines), _failures(rows)]
+    parts = [f"## {settings}\n", markdown_table(_SUMMARY, lines, numbers=False), _failures(rows)]
     for suite, some in by_suite.items():
         good = [row for row in some if row.good]
         if good:
-            parts.append(f"### {suite}\n\n{_table(_MODEL, (_model(row) for row in good))}")
+            parts.append(f"### {suite}\n\n{markdown_table(_MODEL, map(_model, good), numbers=False)}")
     return "\n".join(part for part in parts if part)
 
 
@@ -103,7 +104,8 @@ def _failures(rows: Sequence[Row]) -> str:
     kinds = Counter(row.reason.partition(":")[0] for row in bad)
     order = sorted(bad, key=lambda row: (-kinds[row.reason.partition(":")[0]], row.reason, row.suite, row.model))
     cells = ([row.suite, row.model, row.exported, row.stage, row.reason] for row in order)
-    return "### Not equal, or not exported\n\n" + _table(("suite", "model", "exported", "stage", "reason"), cells)
+    header = ("suite", "model", "exported", "stage", "reason")
+    return "### Not equal, or not exported\n\n" + markdown_table(header, cells, numbers=False)
 
 
 def _model(row: Row) -> list[str]:
@@ -123,12 +125,3 @@ def _model(row: Row) -> list[str]:
 
 def _millions(count: int | None) -> str:
     return f"{(count or 0) / 1e6:.2f}"
-
-
-def _table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    rule = ["---"] * len(header)
-    return "\n".join("| " + " | ".join(map(_cell, cells)) + " |" for cells in (header, rule, *lines)) + "\n"
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import upscale
 
+from .nearest import did_you_mean
 from .process import Limits, run_job, worker_limit
 from .rows import Row, Settings, merged, read_rows, write_rows
 from .suites import Suite, load_suite
@@ -53,8 +53,7 @@ def _check_known(models: Sequence[str], suites: Sequence[Suite]) -> None:
     complaints = []
     for name in models:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-            hint = f"did you mean {', '.join(near)}?" if near else "see --list for the names"
+            hint = did_you_mean(name, known) or "see --list for the names"
             complaints.append(f"no model {name!r} in {', '.join(suite.name for suite in suites)}: {hint}")
     if complaints:
         raise UnknownModelError("\n".join(complaints))

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import json
-import os
 import sys
 import time
 import traceback
@@ -24,6 +23,7 @@ from torch import nn
 
 import upscale
 from upscale import MaskingManager, measure
+from upscale.files import replacing
 from upscale.report import Report
 
 from .compare import DifferentError, Masked, masked_count, relative_error, removed_share, tells
@@ -253,9 +253,8 @@ def peak_mb() -> float | None:
 
 
 def _write(path: Path, row: Row) -> None:
-    draft = path.with_suffix(".draft")
-    draft.write_text(json.dumps(asdict(row)), encoding="utf-8")
-    os.replace(draft, path)
+    with replacing(path) as draft:
+        draft.write_text(json.dumps(asdict(row)), encoding="utf-8")
 
 
 def main(arguments: list[str]) -> int:
