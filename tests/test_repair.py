@@ -564,7 +564,7 @@ def test_too_few_samples_are_counted() -> None:
 
 def test_prune_repairs_and_exports() -> None:
     model, _, x = small()
-    pruned = upscale.prune(model, x[:2], amount=0.5, calibration=[x])
+    pruned = upscale.prune(model, x[:2], amount=0.5, importance="l2", calibration=[x])
     plain = upscale.prune(model, x[:2], amount=0.5)
     assert not hasattr(plain, "repair_report")
     assert pruned.repair_report.outputs[1] < pruned.repair_report.outputs[0]

@@ -20,10 +20,13 @@ from torch._subclasses import FakeTensorMode
 from . import measure
 from .amounts import Budget
 from .capture import capture
+from .channels import Side
 from .errors import ConstantOutputError, InputError, NothingToPruneError, UnsupportedModelError
 from .exporting import Compiled, compile_program, finish
 from .observe import quietly_evaluated
+from .prices import channel_prices
 from .program import Program, interpret
+from .ranking import Group
 from .report import count_parameters
 from .searching import Found, Search
 from .waiting import Waiting
@@ -44,8 +47,8 @@ class Costs:
         CaptureError, UnsupportedModelError: the model cannot be captured.
     """
 
-    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        self._model, self._args, self._kwargs = model, args, dict(kwargs)
+    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], side: Side) -> None:
+        self._side, self._model, self._args, self._kwargs = side, model, args, dict(kwargs)
         self._program = capture(model, args, kwargs)
         self._names = {id(tensor): name for name, tensor in self._program.tensors.items()}
         self._spare = {id(tensor) for tensor in self._program.spare.values()}
@@ -68,6 +71,10 @@ class Costs:
         except ConstantOutputError:
             return -1.0
         return self._kinds[kind](compiled)
+
+    def prices(self, kind: str, groups: Sequence[Group]) -> list[Tensor]:
+        """See :func:`upscale.prices.channel_prices`."""
+        return channel_prices(self._program, kind, groups, self._side)
 
     def _zeroed(self, zeros: Iterable[Zeros]) -> dict[str, Tensor]:
         """The captured tensors, copied where there are zeros to write."""

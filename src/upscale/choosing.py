@@ -43,8 +43,9 @@ class Chooser:
 
     ``parts``: the share that each group loses; in a budget, 0 for a group that is left alone. ``arranged``: from
     scores and a choice to the masks that keep each group's number (contiguous masks choose others than the lowest).
-    ``rescaled``: whether scores of different layers are brought to one scale before they are compared. ``zeros``: what
-    a choice zeroes. ``costs``: what it leaves, for budgets.
+    ``rescaled``: whether scores of different layers are brought to one scale before they are compared. ``by_price``:
+    whether a budget goes by score for what a channel costs. ``zeros``: what a choice zeroes. ``costs``: what it leaves,
+    for budgets.
     """
 
     request: Request
@@ -52,6 +53,7 @@ class Chooser:
     parts: Sequence[float]
     is_global: bool
     rescaled: bool
+    by_price: bool
     arranged: Callable[[Sequence[Tensor], Picked], Picked]
     zeros: Callable[[Iterable[list[int]]], list[Zeros]]
     costs: Costs | None
@@ -69,7 +71,7 @@ class Chooser:
 
         budget = self.request.budget
         assert budget is not None and self.costs is not None
-        order = self._order(scores, taken)
+        order = self._order(scores, taken, budget.kind)
 
         def picked(chosen: Sequence[tuple[int, int]]) -> Picked:
             found: Picked = [[] for _ in self.groups]
@@ -83,8 +85,16 @@ class Chooser:
             choose_within(aim, self.costs, order, gone, lambda chosen: self.zeros(picked(chosen)), must=part == 1)
         )
 
-    def _order(self, scores: Sequence[Tensor], taken: Picked) -> list[tuple[int, int]]:
-        """All channels that may go: by score, or by their rank's share of the layer, so that layers lose alike."""
+    def _order(self, scores: Sequence[Tensor], taken: Picked, kind: str) -> list[tuple[int, int]]:
+        """All channels that may go: by score, or by their rank's share of the layer, so that layers lose alike.
+
+        Where scores are errors that add up, the least error for the cost goes first: a knapsack, filled greedily
+        (Dantzig 1957, "Discrete-Variable Extremum Problems").
+        """
+        assert self.costs is not None
+        if self.is_global and self.by_price:
+            prices = self.costs.prices(kind, self.groups)
+            scores = [score / price for score, price in zip(scores, prices, strict=True)]
         ranked = comparable(scores, taken, self.is_global and self.rescaled)
         if not self.is_global:
             ranked = [quantiles(group, score) for group, score in zip(self.groups, ranked, strict=True)]

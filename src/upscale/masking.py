@@ -63,8 +63,8 @@ class MaskingManager:
         masked, not single pixels.
     is_global:
         Rank all layers' channels together (each layer's scores divided by their root mean square, so that
-        layers of different scale compare, but for LAMP's, which do by themselves) instead of taking the same
-        share of each layer.
+        layers of different scale compare, but for LAMP's and OBS's, which do by themselves) instead of taking
+        the same share of each layer. In a budget, OBS's scores are divided by what a channel costs.
     example_inputs:
         What the model is called with: a tensor, a tuple of positional arguments, or a dict of keyword
         arguments. Needed to see which layers read a model input, which write an output and which batch norm
@@ -126,7 +126,7 @@ class MaskingManager:
         self.laid_out: tuple[LaidOut, ...] = ()
         self._earlier: tuple[LaidOut, ...] = ()  # of the last step, while masks are chosen in several
         self._scores: dict[str, Tensor] | None = None
-        self._rescaled = True
+        self._rescaled, self._by_price = True, False
         self._example, self._seen = self._look(example_inputs)
         self._score_again: Callable[[], object] = self.importance
         self._protected = self._find_protected()
@@ -159,7 +159,9 @@ class MaskingManager:
         tied = tuple(self._groups) if self._method == "constrained" else ()
         subject = Subject(self._model, self._side, layers, norms, self._example, tied)
         self._scores = channel_scores(heuristic, subject)
-        self._rescaled = not getattr(find_importance(heuristic), "compares_layers", False)
+        importance = find_importance(heuristic)
+        self._rescaled = not getattr(importance, "compares_layers", False)
+        self._by_price = getattr(importance, "measures_error", False)
         return self
 
     def mask(
@@ -268,9 +270,17 @@ class MaskingManager:
         if request.budget is not None:
             from .budget import Costs
 
-            costs = Costs(self._model, *self._graph_inputs())
+            costs = Costs(self._model, *self._graph_inputs(), self._side)
         chooser = Chooser(
-            request, self._groups, parts, self._is_global, self._rescaled, self._arranged, self._picked_zeros, costs
+            request,
+            self._groups,
+            parts,
+            self._is_global,
+            self._rescaled,
+            self._by_price,
+            self._arranged,
+            self._picked_zeros,
+            costs,
         )
         picked: list[list[int]] = [[] for _ in self._groups]
         self._earlier = ()

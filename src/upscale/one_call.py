@@ -11,15 +11,16 @@ from torch import nn
 
 from .amounts import HALF, Amount, Ignored, Schedule, ignored_layers
 from .channels import Side
-from .errors import UnsupportedModelError
+from .errors import InputError, UnsupportedModelError
 from .exporting import attach_report, export
 from .importance import Heuristic
+from .importance.batches import checked_batches
 from .importance.torch_pruning import is_from_torch_pruning
 from .mask_arguments import Call, checked_model
 from .mask_groups import find_layers
 from .masking import MaskingManager, Method
 from .plan import Mode, Target
-from .repairing import repair
+from .repairing import OBS, repair
 
 __all__ = ["mask", "prune"]
 
@@ -33,10 +34,11 @@ def mask(
     flops: float | None = None,
     params: float | None = None,
     latency: float | None = None,
-    importance: Heuristic = "l2",
+    importance: Heuristic = "auto",
+    calibration: Iterable[Any] | None = None,
     side: Side = "input",
     method: Method = "unconstrained",
-    is_global: bool = False,
+    is_global: bool | None = None,
     ignore: Ignored = (),
     steps: int = 1,
     schedule: Schedule = "geometric",
@@ -48,17 +50,25 @@ def mask(
         model: any module that ``copy.deepcopy`` can copy.
         args, kwargs: an example call: a tensor of shape (batch, ...) or a tuple of positional arguments.
         amount, flops, params, latency, steps, schedule, permanent: see :meth:`MaskingManager.mask`.
-        importance: see :meth:`MaskingManager.importance`.
-        side, method, is_global, ignore: see :class:`MaskingManager`. A module given to ``ignore`` is one of ``model``.
+        importance: see :meth:`MaskingManager.importance`. ``"obs"``: :class:`upscale.OBS` of ``calibration``.
+            ``"auto"``: that where there is calibration data and ``side`` is the input's, else ``"l2"``.
+        calibration: batches of inputs without labels, for ``"obs"``: what the masks will cost is estimated on them.
+        side, method, ignore: see :class:`MaskingManager`. A module given to ``ignore`` is one of ``model``.
+        is_global: see :class:`MaskingManager`. None: False, but for a budget with ``"obs"``, which is then spent where
+            the outputs' error is smallest once the remaining weights are fitted again (by :func:`repair`).
 
     Returns:
         A module of the class of ``model``.
 
     Raises:
-        UnsupportedModelError: the model cannot be copied. Else what :class:`MaskingManager` and its ``mask`` raise.
+        InputError: ``calibration`` with another importance. UnsupportedModelError: the model cannot be copied. Else
+            what :class:`MaskingManager` and its ``mask`` raise.
     """
     original = checked_model(model)
     names = sorted(ignored_layers(ignore, original, find_layers(original)))
+    importance = _with_data(importance, calibration, side)
+    if is_global is None:
+        is_global = isinstance(importance, OBS) and any(left is not None for left in (flops, params, latency))
     copied, heuristic = _copy(original, importance)
     example = Call(tuple(args) if isinstance(args, (tuple, list)) else (args,), dict(kwargs or {}))
     manager = MaskingManager(copied, side, method, is_global, example, names).importance(heuristic)
@@ -90,18 +100,21 @@ def prune(
         dynamic_shapes, reads, target, verify: as for :func:`export`. A budget is met for the defaults of ``reads`` and
             ``target``.
         verbose: print the reports.
-        calibration: batches of inputs without labels; the remaining weights are then fitted to what ``model`` computes
-            on them, by :func:`repair`, whose ``repair_report`` the smaller model gets too. None: no repair.
+        calibration: batches of inputs without labels. Masks are chosen by them (see :func:`mask`), if ``importance`` is
+            not something else, and the remaining weights are then fitted to what ``model`` computes on them, by
+            :func:`repair`, whose ``repair_report`` the smaller model gets too. None: no repair.
         ridge: see :func:`repair`.
         masking: what :func:`mask` takes, for instance ``flops=0.5`` or ``amount=0.3, method="contiguous"``.
 
     Raises:
         What :func:`mask`, :func:`repair` and :func:`export` raise. ``model`` is untouched in every case.
     """
-    masked = mask(model, args, kwargs, **masking)
+    batches = None if calibration is None else list(checked_batches(calibration))  # gone over twice
+    by_them = masking.get("importance", "auto") in ("auto", "obs")
+    masked = mask(model, args, kwargs, calibration=batches if by_them else None, **masking)
     report = None
-    if calibration is not None:
-        masked = repair(masked, checked_model(model), calibration, ridge)
+    if batches is not None:
+        masked = repair(masked, checked_model(model), batches, ridge)
         report = masked.repair_report
     example = tuple(args) if isinstance(args, (tuple, list)) else (args,)
     pruned = export(masked, example, kwargs, dynamic_shapes=dynamic_shapes, reads=reads, target=target, verify=verify)
@@ -110,6 +123,21 @@ def prune(
     if verbose:
         print(pruned.report if report is None else f"{report}\n{pruned.report}")
     return pruned
+
+
+def _with_data(importance: Heuristic, calibration: Iterable[Any] | None, side: Side) -> Heuristic:
+    """What ``"auto"`` and ``"obs"`` stand for."""
+    by_name = importance.lower() if isinstance(importance, str) else None
+    if by_name == "auto" and (calibration is None or side == "output"):
+        return "l2"
+    if by_name in ("auto", "obs") and calibration is not None:
+        return OBS(calibration)
+    if calibration is not None:
+        raise InputError(
+            f'calibration is for importance="obs"; {importance!r} needs none, or has its own. To repair what such '
+            "masks leave, call upscale.repair, or upscale.prune with calibration="
+        )
+    return importance
 
 
 def _copy(model: nn.Module, importance: Heuristic) -> tuple[nn.Module, Heuristic]:

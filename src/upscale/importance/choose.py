@@ -30,7 +30,7 @@ NAMES: Mapping[str, Callable[[], Importance]] = {
     "random": Random,
 }
 _WITH_DATA = {
-    "obs": "upscale.OBS(batches)",
+    "obs": "upscale.OBS(batches), or calibration=batches to upscale.mask,",
     "hrank": "upscale.HRank(batches)",
     "taylor": "upscale.Taylor(batches, loss)",
     "activationmagnitude": "upscale.ActivationMagnitude(batches)",

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from ..aliases import argument
 
-__all__ = ["Geometry", "gathered", "geometry_of", "is_contraction"]
+__all__ = ["Geometry", "batch_dim", "gathered", "geometry_of", "is_contraction"]
 
 _aten = torch.ops.aten
 _CONVOLUTIONS = {
@@ -117,6 +117,12 @@ def gathered(maps: Tensor, places: Tensor) -> Tensor:
     """Of (examples, channels, all places) those at ``places``: (examples, places, channels)."""
     index = places.unsqueeze(1).expand(-1, maps.shape[1], -1)
     return maps.gather(2, index).transpose(1, 2)
+
+
+def batch_dim(node: fx.Node) -> int:
+    """The dimension of what a call writes that the batch size is in; the first where capture fixed it."""
+    sizes = node.meta["val"].shape
+    return next((dim for dim, size in enumerate(sizes) if not isinstance(size, int)), 0)
 
 
 def geometry_of(node: fx.Node, weight: Tensor) -> Geometry:

@@ -1,7 +1,12 @@
-"""Second-order masks: which input channels a layer can do without, once its other weights have been fitted anew."""
+"""Second-order masks: which input channels a network can do without, once each layer is fitted again."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -10,39 +15,49 @@ from ..importance.batches import FromBatches, checked_batches
 from ..importance.progress import progress_bar
 from ..importance.subject import Subject, listed, without_score
 from ..observe import quietly_evaluated
+from .curve import along, increments
+from .eliminate import Path, eliminate
 from .moments import Moments
 from .pair import collect, paired_with_itself
 from .samples import Samples
+from .sensitivity import Change, Sensitivity
 from .sites import Site, find_sites
 from .tape import Frontier, Tape
 
-__all__ = ["OBS", "eliminated"]
+__all__ = ["OBS"]
 
-_DAMPING = 1e-2  # of the mean of the Gram matrix's diagonal
 _KEPT = 1 << 30  # bytes of activations
+_CHANGES = 1 << 29  # bytes of changed weights that are held at once
+# After which shares of the removals the error of the network's outputs is estimated.
+_SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1.0)
 
 
 class OBS(FromBatches):
-    """Optimal brain surgeon on blocks of input channels: what the layer's output loses although the rest is refitted.
+    """Optimal brain surgeon on input channels: what the outputs lose although the rest of the layer is fitted again.
 
-    Channels are removed one by one; each time it is the one whose removal, all remaining weights (and the constant)
-    being fitted to the layer's output again, adds least to the mean square error. A channel's score is the error after
-    its removal, relative to the output's mean square about its mean. (Hassibi and Stork 1993, "Second order
-    derivatives for network pruning"; for blocks of weights Frantar and Alistarh 2022, arXiv 2208.11580, equation 5;
-    for channels Kurtic, Frantar and Alistarh 2023, "ZipLM", arXiv 2302.04089, section 3.)
+    A layer's channels are removed one by one; each time it is the one whose removal, all remaining weights (and the
+    constant) being fitted to the layer's output again, adds least to its mean square error, where each output counts as
+    much as the network's outputs depend on it (Hassibi and Stork 1993, "Second order derivatives for network pruning";
+    for blocks of weights Frantar and Alistarh 2022, arXiv 2208.11580, equation 5; for channels Kurtic, Frantar and
+    Alistarh 2023, "ZipLM", arXiv 2302.04089, section 3). What that does to the network's outputs is estimated after six
+    numbers of removals, to first order, on held-out examples. A channel's score is what its removal adds to the mean
+    square error of the outputs, relative to theirs, along the greatest convex curve below these errors. So scores of
+    different layers compare: with ``is_global=True``, or a budget, masks go where the network misses them least.
 
     These are the masks to repair afterwards, by :func:`upscale.repair` on the same batches: the weights are not changed
-    by the score. Only for ``side="input"``. Of a grouped layer, each group is taken on its own.
+    by the score. Only for ``side="input"``. The groups of a layer are fitted on their own. A layer by which the outputs
+    have no derivative is scored by the error of what it writes itself.
 
     Parameters
     ----------
     batches:
         What the model is called with; see :func:`upscale.importance.batches.feed`. Labels are ignored.
     seed:
-        Of the places of the feature maps that are sampled.
+        Of the places of the feature maps that are sampled, and of the directions in which outputs are differentiated.
     """
 
     compares_layers = True
+    measures_error = True
 
     def __init__(self, batches: object, seed: int = 0) -> None:
         super().__init__(checked_batches(batches))
@@ -53,26 +68,25 @@ class OBS(FromBatches):
         computed or not all their own."""
         if subject.side != "input":
             raise InputError('OBS scores the channels that a layer reads: side="input"')
-        model = subject.model
-        inputs = collect(model, self._batches)
-        found: dict[str, Tensor] = {}
-        with quietly_evaluated(model):
-            pair = paired_with_itself(model, inputs)
-            sites, left = find_sites(pair, model)
+        inputs = collect(subject.model, self._batches)
+        with quietly_evaluated(subject.model):
+            pair = paired_with_itself(subject.model, inputs)
+            sites, left = find_sites(pair, subject.model)
+            _check_all(subject, sites, left)
             tape = Tape(pair.masked, inputs.device)
             frontier = Frontier((tape, tape), inputs.leaves, _KEPT)
+            found = _Curves(Sensitivity(pair.masked, inputs, sites, self._seed))
             with progress_bar("obs", len(sites)) as advance:
                 for number, site in enumerate(sites):
                     if site.name in subject.layers:
-                        moments = Samples(site, frontier, inputs.sizes, self._seed + number).sums.used
-                        found[site.name] = _scores(site, moments)
+                        found.add(site, Samples(site, frontier, inputs.sizes, self._seed + number).sums.used)
                     advance()
-        _check_all(subject, found, left)
-        return found
+            return found.scores()
 
 
-def _check_all(subject: Subject, found: dict[str, Tensor], left: dict[str, str]) -> None:
-    missing = [name for name in subject.layers if name not in found]
+def _check_all(subject: Subject, sites: list[Site], left: Mapping[str, str]) -> None:
+    names = {site.name for site in sites}
+    missing = [name for name in subject.layers if name not in names]
     if missing:
         reason = left.get(missing[0], "no batch reaches it")
         raise InputError(
@@ -81,43 +95,67 @@ def _check_all(subject: Subject, found: dict[str, Tensor], left: dict[str, str])
         )
 
 
-def _scores(site: Site, moments: Moments) -> Tensor:
-    """One an input channel: float64, on the CPU."""
+@dataclass(frozen=True, eq=False)
+class _Removed:
+    """A layer's path, and its changes after some of the removals; ``energy``: of what it writes, if only that is known
+    to matter."""
+
+    path: Path
+    changes: dict[int, Change]
+    energy: float | None
+
+
+class _Curves:
+    """The error curves of layers, of whose changed weights some are held until the network's errors are estimated."""
+
+    def __init__(self, sensitivity: Sensitivity) -> None:
+        self._sensitivity, self._factors = sensitivity, sensitivity.factors()
+        self._pending: dict[str, _Removed] = {}
+        self._found: dict[str, Tensor] = {}
+        self._held = 0
+
+    def add(self, site: Site, moments: Moments) -> None:
+        """One more layer; ``moments``: of what it reads and writes."""
+        removed = _removed(site, moments, self._factors.get(site.name))
+        self._pending[site.name] = removed
+        self._held += sum(change.weight.nbytes for change in removed.changes.values())
+        if self._held > _CHANGES:
+            self._estimate()
+
+    def scores(self) -> dict[str, Tensor]:
+        """Of all layers, by channel: float64, on the CPU."""
+        self._estimate()
+        return self._found
+
+    def _estimate(self) -> None:
+        asked = {name: list(one.changes.values()) for name, one in self._pending.items() if one.energy is None}
+        errors = self._sensitivity.errors(asked) if asked else {}
+        for name, one in self._pending.items():
+            costs = one.path.costs.numpy()
+            curve = np.cumsum(costs) / one.energy if one.energy else along(costs, list(one.changes), errors[name])
+            scores = torch.empty(len(costs), dtype=torch.float64)
+            scores[one.path.order] = torch.from_numpy(increments(curve))
+            self._found[name] = scores
+        self._pending, self._held = {}, 0
+
+
+def _removed(site: Site, moments: Moments, factors: Tensor | None) -> _Removed:
+    """All channels of a layer, removed one by one; ``factors``: how much the error of each output counts."""
     rows = site.geometry.rows_of(site.weight.detach()).double()
     gram = moments.regression(rows, site.shift is not None).gram
-    window = int(torch.tensor(site.geometry.window).prod()) if site.geometry.window else 1
-    energy = float(((rows @ gram) * rows).sum()) or 1.0
-    errors = [eliminated(one, weight, window) for one, weight in zip(gram, rows, strict=True)]
-    return torch.cat(errors).cpu() / energy
-
-
-def eliminated(gram: Tensor, weight: Tensor, window: int) -> Tensor:
-    """The error after each channel's removal, (channels,), in the order that adds least each time.
-
-    ``gram``: (channels x window, channels x window), float64; ``weight``: (outputs, channels x window).
-    """
-    size = len(gram)
-    channels = size // window
-    damping = _DAMPING * gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)
-    inverse = torch.linalg.inv(gram + damping * torch.eye(size, dtype=gram.dtype, device=gram.device))
-    weight, places = weight.clone(), torch.arange(size, device=gram.device).view(channels, window)
-    found = torch.zeros(channels, dtype=gram.dtype, device=gram.device)
-    gone = torch.zeros(channels, dtype=torch.bool, device=gram.device)
-    identity = torch.eye(window, dtype=gram.dtype, device=gram.device)
-    total = torch.zeros((), dtype=gram.dtype, device=gram.device)
-    for _ in range(channels):
-        blocks = inverse[places.unsqueeze(2), places.unsqueeze(1)]
-        blocks = torch.where(gone[:, None, None], identity, blocks)
-        columns = weight.view(-1, channels, window).permute(1, 2, 0)  # (channels, window, outputs)
-        costs = (columns * torch.linalg.solve(blocks, columns)).sum((1, 2)).masked_fill(gone, torch.inf)
-        chosen = int(costs.argmin())
-        total = total + costs[chosen].clamp_min(0)
-        found[chosen] = total
-        here = places[chosen]
-        change = torch.linalg.solve(blocks[chosen], inverse[here])  # (window, size)
-        weight -= weight[:, here] @ change
-        inverse -= inverse[:, here] @ change
-        gone[chosen] = True
-        weight[:, here] = 0
-        inverse[here], inverse[:, here] = 0, 0
-    return found
+    window = math.prod(site.geometry.window)
+    if factors is None:
+        energy = float(((rows @ gram) * rows).sum()) or 1.0
+        return _Removed(eliminate(gram, rows, window, torch.ones_like(rows[..., 0])), {}, energy)
+    channels = len(gram) * (gram.shape[1] // window)
+    counts = sorted({math.ceil(share * channels) for share in _SHARES})
+    path = eliminate(gram, rows, window, factors.view(rows.shape[:2]).to(rows), counts)
+    changes = {}
+    for count, weight in path.weights.items():
+        change = weight - rows
+        shift = torch.zeros_like(rows[..., 0])
+        if site.shift is not None:  # the constant makes up for the mean of what is missing
+            shift = -(change @ (moments.x / moments.count).unsqueeze(2)).squeeze(2)
+        changed = site.geometry.weight_of(change, site.weight.shape).to(site.weight.dtype)
+        changes[count] = Change(changed, shift.flatten())
+    return _Removed(Path(path.order.cpu(), path.costs, {}), changes, None)

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from ..errors import NonFiniteError
-from .geometry import gathered
+from .geometry import batch_dim, gathered
 from .moments import Moments
 from .norms import Affine, affine_of
 from .sites import Call, Site
@@ -154,7 +154,7 @@ class Samples:
     def _chunks_of(
         self, call: Call, states: tuple[State, ...], examples: Tensor, generator: np.random.Generator
     ) -> Iterator[_Chunk]:
-        site, geometry, dim = self._site, self._site.geometry, _batch_dim(call.node)
+        site, geometry, dim = self._site, self._site.geometry, batch_dim(call.node)
         maps = geometry.by_example(self._tape.value(states[0], call.node.args[0]), dim)
         written = self._original.call(call.origin, lambda node: self._original.value(states[1], node))
         out = geometry.by_example(written, dim)
@@ -245,12 +245,6 @@ class _Ends:
     def _arriving(self, written: Tensor, added: Tensor) -> Tensor:
         """What arrives at the activation."""
         return added + (written if self.ours is None else written * self.ours.scale + self.ours.offset)
-
-
-def _batch_dim(node: fx.Node) -> int:
-    """The dimension of what a call writes that the batch size is in; the first where capture fixed it."""
-    sizes = node.meta["val"].shape
-    return next((dim for dim, size in enumerate(sizes) if not isinstance(size, int)), 0)
 
 
 def _owners(examples: Tensor, count: int, rows_an_example: int) -> tuple[Tensor, int]:

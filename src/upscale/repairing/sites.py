@@ -16,7 +16,7 @@ from ..temporary import ChannelMask
 from .geometry import Geometry, geometry_of, is_contraction
 from .pair import Pair
 
-__all__ = ["Call", "Shift", "Site", "find_sites"]
+__all__ = ["Call", "Shift", "Site", "bias_node", "find_sites", "is_frozen", "weight_node", "writer"]
 
 _aten = torch.ops.aten
 _ADDS = (_aten.add.Tensor, _aten.add_.Tensor)
@@ -73,7 +73,7 @@ def find_sites(pair: Pair, model: nn.Module) -> tuple[list[Site], dict[str, str]
     calls: dict[str, list[fx.Node]] = {}
     for node in program.graph.nodes:
         if node.op == "call_function" and is_contraction(node):
-            calls.setdefault(str(_weight_node(node).target), []).append(node)
+            calls.setdefault(str(weight_node(node).target), []).append(node)
     sites, left = [], {}
     for name, nodes in calls.items():
         layer = name.removesuffix(".weight")
@@ -85,14 +85,15 @@ def find_sites(pair: Pair, model: nn.Module) -> tuple[list[Site], dict[str, str]
     return sites, left
 
 
-def _weight_node(node: fx.Node) -> fx.Node:
+def weight_node(node: fx.Node) -> fx.Node:
+    """What a contraction's call multiplies with; the call itself where that is computed."""
     found = argument(node, "other" if node.target is _aten.matmul.default else "weight")
     return found if isinstance(found, fx.Node) and found.op == "get_attr" else node
 
 
 def _site(pair: Pair, model: nn.Module, layer: str, name: str, nodes: list[fx.Node]) -> Site | str:
     program = pair.masked
-    attribute = _weight_node(nodes[0])
+    attribute = weight_node(nodes[0])
     if attribute is nodes[0]:
         return "its weight is computed from the input"
     if any(user not in nodes for user in attribute.users):
