@@ -44,6 +44,7 @@ _DENSE_TOP1 = {
     "resnet56": 89.06,
     "densenet40": 81.13,
     "mobilenet_v2": 84.2,
+    "mobilenetv1_100": 89.0,
     "squeezenet1_0": 61.6,
 }
 

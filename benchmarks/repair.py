@@ -1,29 +1,33 @@
 """What ``upscale.repair`` gives back: top-1 of trained networks dense, masked and repaired, without any training.
 
-``python -m benchmarks.repair [--nets resnet20 resnet56] [--amounts 0.1 0.25 0.5] [--methods unconstrained]``
+``python -m benchmarks.repair [--nets resnet20 resnet56] [--amounts 0.1 0.25 0.5] [--flops 0.5] [--masks l2 global]``
 
-Masks are L2 on the input side. Calibration is without labels: on CIFAR-10 the first 1,024 ``calib_images``, which are
-training images; on ImageNet, where the data has one image of each class and no others, the images of even number (500),
-and the test is on those of odd number. Elsewhere the test set is whole. Rows are written to
-``benchmarks/out/repair.csv`` one by one; the time is that of the repair alone."""
+Masks are on the input side: ``l2`` (every layer loses the same share), ``obs`` (the same, by ``upscale.OBS``) or
+``global`` (OBS, all layers ranked together). Calibration is without labels: on CIFAR-10 the first 1,024
+``calib_images``, which are training images; on ImageNet, where the data has one image of each class and no others, the
+images of even number (500), and the test is on those of odd number. Elsewhere the test set is whole. Rows are added to
+``docs/accuracy/repair.csv`` one by one, and what is there is not measured again; ``docs/accuracy/repair.md`` is written
+from all of them. Times are those of the masks and of the repair alone, on one thread."""
 
 from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, astuple, dataclass
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, astuple, dataclass, fields
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 import upscale
 from upscale.files import replacing
+from upscale.markdown import table
 from upscale.masking import Method
+from upscale.measure import flops
 from upscale.repairing.blockwise import BLOCK_STEPS
 from upscale.reproduce.images import load_dataset
 
@@ -31,40 +35,48 @@ from . import ROOT
 from .data import Images, predictions, test_set, top1
 from .nets import NETS, load, shared, why_missing
 
-DEFAULT = ("resnet20", "resnet56", "densenet40", "mobilenet_v2")
+DEFAULT = ("resnet20", "resnet56", "densenet40", "mobilenet_v2", "mobilenetv1_100")
 AMOUNTS = (0.1, 0.25, 0.5)
 METHODS: tuple[Method, ...] = ("constrained", "unconstrained")
-CSV = ROOT / "benchmarks" / "out" / "repair.csv"
+MASKS = ("l2", "obs", "global")
+OUT = ROOT / "docs" / "accuracy"
 _CALIBRATION = 1024
 _BATCH = {32: 128, 224: 25}  # by size of the image
+
+Masks = Literal["l2", "obs", "global"]
 
 
 @dataclass(frozen=True)
 class Case:
-    """How a network is masked and repaired."""
+    """How a network is masked and repaired. ``asked``: ``"amount"`` or ``"flops"``, of which ``share``; ``steps``: of
+    the fit of blocks, 0 for regressions alone; ``calibration``: images."""
 
+    network: str
+    masks: Masks
     method: Method
-    repair: Literal["ridge", "blockwise"]
-    steps: int  # of blockwise
-    amount: float
+    asked: Literal["amount", "flops"]
+    share: float
+    steps: int
+    calibration: int
 
 
 @dataclass(frozen=True)
-class Row:
-    """Top-1 in percent on ``images`` images; ``output_error``: see ``RepairReport.outputs``, after the repair."""
+class Row(Case):
+    """Top-1 in percent on ``images`` images; ``flops``: what is left of them; ``output_error``: see
+    ``RepairReport.outputs``, after the repair."""
 
-    network: str
-    method: str
-    repair: str
-    steps: int
-    amount: float
-    calibration: int
     images: int
     dense: float
     masked: float
     repaired: float
+    flops: float
     output_error: float
-    seconds: float
+    mask_seconds: float
+    repair_seconds: float
+
+    @property
+    def case(self) -> Case:
+        return Case(*(getattr(self, entry.name) for entry in fields(Case)))
 
 
 def calibration(name: str, count: int | None = None) -> list[Tensor]:
@@ -88,15 +100,31 @@ def tested(name: str) -> Images:
     return images if NETS[name].dataset == "cifar10" else images.of(range(1, len(images), 2))
 
 
-def measured(name: str, dense: nn.Module, batches: list[Tensor], images: Images, before: float, case: Case) -> Row:
-    """Mask, repair, and run both over the test images. ``before``: the dense network's top-1."""
-    masked = upscale.mask(dense, batches[0][:2], amount=case.amount, method=case.method)
+def measured(dense: nn.Module, batches: list[Tensor], images: Images, before: float, case: Case) -> Row:
+    """Mask, repair, export, and run the masked and the exported network over the test images. ``before``: the dense
+    network's top-1."""
     start = time.perf_counter()
-    repaired = upscale.repair(masked, dense, batches, method=case.repair, steps=case.steps or BLOCK_STEPS)
-    seconds = time.perf_counter() - start
-    found = [accuracy(f"{name} {case.method} {case.amount:.0%}", model, images) for model in (masked, repaired)]
+    masked = masked_by(dense, batches, case)
+    between = time.perf_counter()
+    how: dict[str, Any] = {"method": "blockwise", "steps": case.steps} if case.steps else {}
+    repaired = upscale.repair(masked, dense, batches, **how)
+    end = time.perf_counter()
+    pruned = upscale.export(repaired, (batches[0][:2],))
+    left = flops(pruned, batches[0][:2]) / flops(dense, batches[0][:2])
+    title = f"{case.network} {case.masks} {case.method} {case.asked} {case.share:g}"
+    found = [accuracy(title, model, images) for model in (masked, pruned)]
     error = round(repaired.repair_report.outputs[1], 5)
-    return Row(name, *astuple(case), sum(map(len, batches)), len(images), before, *found, error, round(seconds, 1))
+    seconds = round(between - start, 1), round(end - between, 1)
+    return Row(*astuple(case), len(images), before, *found, round(left, 4), error, *seconds)
+
+
+def masked_by(dense: nn.Module, batches: list[Tensor], case: Case) -> nn.Module:
+    """The masked network. A budget for L2 or OBS masks is met by the same share of every layer."""
+    how: dict[str, Any] = {"method": case.method, case.asked: case.share, "is_global": case.masks == "global"}
+    if case.masks != "l2":
+        how["calibration"] = batches
+    masked: nn.Module = upscale.mask(dense, batches[0][:2], **how)
+    return masked
 
 
 def accuracy(title: str, model: nn.Module, images: Images) -> float:
@@ -104,50 +132,99 @@ def accuracy(title: str, model: nn.Module, images: Images) -> float:
     return round(top1(predictions(model, images, batch=50, title=title), images), 2)
 
 
-def table(rows: Sequence[Row]) -> Table:
-    """All rows."""
-    shown = Table(title="Top-1 (percent), without training and labels")
-    for title in asdict(rows[0]):
-        shown.add_column(title, justify="left" if title in ("network", "method", "repair") else "right")
-    for row in rows:
-        shown.add_row(*map(str, asdict(row).values()))
-    return shown
+# -- rows -------------------------------------------------------------------------------------------------------------
+
+
+def written() -> list[Row]:
+    """The rows that are there."""
+    path = OUT / "repair.csv"
+    if not path.is_file():
+        return []
+    kinds = {entry.name: {"int": int, "float": float}.get(str(entry.type), str) for entry in fields(Row)}
+    with path.open(newline="") as file:
+        return [Row(**{name: kinds[name](value) for name, value in line.items()}) for line in csv.DictReader(file)]
+
+
+def write(rows: Sequence[Row]) -> None:
+    """Both files, whole or not at all."""
+    with replacing(OUT / "repair.csv") as draft, draft.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [entry.name for entry in fields(Row)])
+        writer.writeheader()
+        writer.writerows(map(asdict, rows))
+    with replacing(OUT / "repair.md") as draft:
+        draft.write_text(page(rows), encoding="utf-8")
+
+
+def page(rows: Sequence[Row]) -> str:
+    """Every number, by network."""
+    parts = [
+        "# Accuracy of repaired networks\n\nWritten by `python -m benchmarks.repair`, whose first lines say how it is "
+        "measured. Nothing is trained and no label is seen. *Masked* and *repaired* are top-1 in percent, *FLOPs* what "
+        "the exported network has left of them. *L2*: every layer loses the same share. *OBS*: the same, by "
+        "`upscale.OBS`. *OBS, global*: all layers ranked together by what the outputs lose; for a budget, by that "
+        "over what a channel costs.\n"
+    ]
+    for name in dict.fromkeys(row.network for row in rows):
+        mine = sorted((row for row in rows if row.network == name), key=_order)
+        first = mine[0]
+        parts.append(f"## {NETS[name].title}\n\nDense: {first.dense:.2f} on {first.images:,} images.\n")
+        header = ["asked", "masks", "method", "repair", "images", "FLOPs", "masked", "repaired", "lost"]
+        parts.append(table(header, map(_line, mine)))
+    return "\n".join(parts)
+
+
+def _order(row: Row) -> tuple[Any, ...]:
+    return row.asked, row.share, row.steps, MASKS.index(row.masks), row.method, row.calibration
+
+
+def _line(row: Row) -> list[str]:
+    asked = f"{row.share:.0%} of channels" if row.asked == "amount" else f"{row.share:g} of FLOPs"
+    masks = {"l2": "L2", "obs": "OBS", "global": "OBS, global"}[row.masks]
+    repair = f"{row.steps} steps on blocks" if row.steps else "ridge"
+    numbers = [f"{row.flops:.3f}", f"{row.masked:.2f}", f"{row.repaired:.2f}", f"{row.dense - row.repaired:.2f}"]
+    return [asked, masks, row.method, repair, str(row.calibration), *numbers]
+
+
+# -- the command ------------------------------------------------------------------------------------------------------
+
+
+def cases(name: str, chosen: argparse.Namespace, count: int) -> Iterator[Case]:
+    """What is asked for of one network."""
+    shares = [("amount", amount) for amount in chosen.amounts] + [("flops", left) for left in chosen.flops]
+    steps = chosen.steps if chosen.blockwise else 0
+    for (asked, share), masks, method in itertools.product(shares, chosen.masks, chosen.methods):
+        yield Case(name, masks, method, asked, share, steps, count)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nets", nargs="+", choices=list(NETS), default=list(DEFAULT))
-    parser.add_argument("--amounts", nargs="+", type=float, default=list(AMOUNTS))
+    parser.add_argument("--amounts", nargs="*", type=float, default=list(AMOUNTS))
+    parser.add_argument("--flops", nargs="*", type=float, default=[], help="shares of FLOPs to leave")
+    parser.add_argument("--masks", nargs="+", choices=list(MASKS), default=["l2", "global"])
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--blockwise", action="store_true", help="fit blocks after the regressions")
     parser.add_argument("--calibration", type=int, help="calibrate on the first images only")
     parser.add_argument("--steps", type=int, default=BLOCK_STEPS, help="of the fit of blocks")
-    parser.add_argument("--limit", type=int, help="test on the first images only")
+    parser.add_argument("--limit", type=int, help="test on the first images only; nothing is written")
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    rows: list[Row] = []
     for name in chosen.nets:
         missing = why_missing(name)
         if missing:
             raise SystemExit(missing)
         dense, batches, images = load(name), calibration(name, chosen.calibration), tested(name)
         images = images if chosen.limit is None else images.first(chosen.limit)
-        dense_top1 = accuracy(f"{name} dense", dense, images)
-        for amount in chosen.amounts:
-            for method in chosen.methods:
-                case = Case(method, *(("blockwise", chosen.steps) if chosen.blockwise else ("ridge", 0)), amount)
-                rows.append(measured(name, dense, batches, images, dense_top1, case))
-                write(rows)
-                print(rows[-1], flush=True)
-    Console().print(table(rows))
-
-
-def write(rows: Sequence[Row]) -> None:
-    """``CSV``, whole or not at all."""
-    with replacing(CSV) as draft, draft.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(asdict(rows[0])))
-        writer.writeheader()
-        writer.writerows(map(asdict, rows))
+        done = set() if chosen.limit else {row.case for row in written()}
+        todo = [case for case in cases(name, chosen, sum(map(len, batches))) if case not in done]
+        before = accuracy(f"{name} dense", dense, images) if todo else 0.0
+        for case in todo:
+            row = measured(dense, batches, images, before, case)
+            if chosen.limit is None:
+                write([*written(), row])
+            print(row, flush=True)
+    if written():
+        Console().print(f"{len(written())} rows in {OUT / 'repair.csv'}, tables in repair.md")
 
 
 if __name__ == "__main__":
