@@ -56,8 +56,9 @@ def test_prune_repairs_on_images_that_are_held_out(command: Command, capsys: pyt
     model = Residual().eval()
     model.load_state_dict(load_file("w.safetensors"))
     test, calibration = load_dataset(Path("d.npz"), "", VIEW).split(60, 25, seed=0)
-    masked = upscale.mask(model, (torch.zeros(2, 3, 16, 16),), amount=0.5)
-    repaired = upscale.repair(masked, model, batches_of(calibration), progress=False)
+    batches = batches_of(calibration)
+    masked = upscale.mask(model, (torch.zeros(2, 3, 16, 16),), amount=0.5, calibration=batches)
+    repaired = upscale.repair(masked, model, batches, progress=False)
     assert found["outputs"]["after"] == pytest.approx(repaired.repair_report.outputs[1], rel=1e-3)
     assert [row["name"] for row in found["layers"]] == ["stem", "inner", "last", "head"]
     x = test.batch(range(len(test)))

@@ -63,14 +63,24 @@ Flops = Annotated[float | None, typer.Option(help="Or the share of FLOPs that is
 Params = Annotated[float | None, typer.Option(help="Or of parameters.", rich_help_panel=_WHAT)]
 Latency = Annotated[float | None, typer.Option(help="Or of latency, measured here.", rich_help_panel=_WHAT)]
 Importance = Annotated[
-    str,
-    typer.Option(help=f"{', '.join(_PLAIN)}; with --data {' and '.join(FROM_IMAGES)}.", rich_help_panel=_WHAT),
+    str | None,
+    typer.Option(
+        help=f"{', '.join(_PLAIN)}; with --data {', '.join(FROM_IMAGES)}. By itself obs with --repair, else l2.",
+        rich_help_panel=_WHAT,
+    ),
 ]
 SideOption = Annotated[Side, typer.Option(help="Channels that a layer reads, or writes.", rich_help_panel=_WHAT)]
 MethodOption = Annotated[
     Method, typer.Option(help="Each layer its own channels, tied layers the same.", rich_help_panel=_WHAT)
 ]
-Global = Annotated[bool, typer.Option("--global", help="Rank all layers together.", rich_help_panel=_WHAT)]
+Global = Annotated[
+    bool | None,
+    typer.Option(
+        "--global/--even",
+        help="Rank all layers together, or take the same share of each. By itself even, but for obs with a budget.",
+        rich_help_panel=_WHAT,
+    ),
+]
 Ignore = Annotated[
     list[str], typer.Option("--ignore", metavar="NAME,...", help="Layers left alone.", rich_help_panel=_WHAT)
 ]
@@ -146,10 +156,10 @@ def prune(
     flops: Flops = None,
     params: Params = None,
     latency: Latency = None,
-    importance: Importance = "l2",
+    importance: Importance = None,
     side: SideOption = Side.input,
     method: MethodOption = Method.unconstrained,
-    is_global: Global = False,
+    is_global: Global = None,
     ignore: Ignore = [],  # noqa: B006 - typer copies it
     masked: Masked = False,
     reads: ReadsOption = Reads.auto,
@@ -176,6 +186,7 @@ def prune(
     budgets = {name: value for name, value in asked.items() if value is not None}
     _check_choice(budgets, masked)
     _check_files({"--out": out, "--onnx": onnx, "--report": report}, force)
+    importance = importance or ("obs" if repair and side is Side.input else "l2")
     _check_images(importance, data, evaluate, repair, masked)
     target = upscale.Target(
         batch=batch if inputs or batch else 1,  # the examples of libraries are of two
