@@ -535,6 +535,7 @@ def test_bad_input_is_refused_and_changes_nothing() -> None:
         (InputError, "batch 1 does not fit", lambda: upscale.repair(masked, model, [x, x.float()])),
         (InputError, "5.weight is .8, 6, 1, 1. in|5.weight is .6, 8", lambda: upscale.repair(masked, wider, [x])),
         (InputError, "the first call that differs", lambda: upscale.repair(masked, other, [x])),
+        (InputError, r"other way round: call repair\(masked, original", lambda: upscale.repair(model, masked, [x])),
         (InputError, "ridge must be", lambda: upscale.repair(masked, model, [x], ridge=-1)),
         (InputError, "ridge must be", lambda: upscale.repair(masked, model, [x], ridge=True)),
         (InputError, "steps must be", lambda: upscale.repair(masked, model, [x], steps=0)),

@@ -17,7 +17,7 @@ from ..importance.batches import call_of
 from ..program import Program, where
 from ..signature import Argument, bind
 
-__all__ = ["Inputs", "Pair", "capture_pair", "check_same_layers", "collect", "paired_with_itself"]
+__all__ = ["Inputs", "Pair", "capture_pair", "check_order", "check_same_layers", "collect", "paired_with_itself"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,6 +115,18 @@ def check_same_layers(masked: nn.Module, original: nn.Module) -> None:
         if ours.get(name) != theirs.get(name):
             here, there = (str(s[name]) if name in s else "missing" for s in (ours, theirs))
             raise InputError(f"masked is no masked original: {name} is {here} in masked, {there} in original")
+
+
+def check_order(masked: nn.Module, original: nn.Module) -> None:
+    """Raises ``InputError`` where ``original`` is ``masked`` with zeros in it: they were given the other way round."""
+    theirs = dict(original.named_parameters())
+    pairs = [(p, theirs[name].to(p.device)) for name, p in masked.named_parameters() if name in theirs]
+    gone = [(other == 0) & (own != 0) for own, other in pairs]
+    same = (torch.equal(other, own.masked_fill(where, 0)) for (own, other), where in zip(pairs, gone, strict=True))
+    if any(bool(where.any()) for where in gone) and all(same):
+        raise InputError(
+            "original is masked with more weights zeroed, not the other way round: call repair(masked, original, ...)"
+        )
 
 
 def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -22,7 +22,7 @@ from ..mask_arguments import one_of
 from .blockwise import BLOCK_STEPS, BlockFit, fit_blocks
 from .layerwise import RIDGES, repair_layer
 from .outputs import Outputs
-from .pair import Inputs, Pair, capture_pair, check_same_layers, collect
+from .pair import Inputs, Pair, capture_pair, check_order, check_same_layers, collect
 from .recalibrate import recalibrated
 from .report import LayerRepair, RepairReport, RepairWarning
 from .sites import Site, find_sites
@@ -89,6 +89,7 @@ def repair(
         raise InputError(f"steps must be a whole number of at least 1, not {steps!r}")
     ours, theirs = unwrap(masked), unwrap(original)
     check_same_layers(ours, theirs)
+    check_order(ours, theirs)
     inputs = collect(ours, checked_batches(batches))
     repaired = _copied(ours)
     with _buffers_put_back(theirs), torch.no_grad():
