@@ -388,3 +388,13 @@ def test_scores_without_an_order_are_refused_by_layer(
         with pytest.raises(kind, match=f"^(one|two|head): .*{message}"):
             call()
     assert fingerprint(model) == before
+
+
+def test_a_model_under_masks_of_torch_is_told_what_to_do_first() -> None:
+    """After a call such a model cannot be copied; what it says is the same before and after."""
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    torch.nn.utils.prune.ln_structured(model[2], "weight", 0.5, n=2, dim=1)
+    for _ in range(2):
+        with pytest.raises(UnsupportedModelError, match=r"2.weight is not a parameter.*torch.nn.utils.prune.remove"):
+            upscale.mask(model, torch.rand(2, 4), amount=0.5)
+        model(torch.rand(2, 4))

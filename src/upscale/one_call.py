@@ -21,6 +21,7 @@ from .mask_groups import find_layers
 from .masking import MaskingManager, Method
 from .plan import Mode, Target
 from .repairing import OBS, repair
+from .zeroing import refuse_computed
 
 __all__ = ["mask", "prune"]
 
@@ -148,6 +149,8 @@ def _copy(model: nn.Module, importance: Heuristic) -> tuple[nn.Module, Heuristic
         if is_from_torch_pruning(importance):
             importance = copy.deepcopy(importance, memo)
     except Exception as error:
+        for name, layer in find_layers(model).items():
+            refuse_computed(name, layer, ("weight",))  # what torch.nn.utils.prune leaves cannot be copied after a call
         raise UnsupportedModelError(
             f"{type(model).__name__} cannot be copied ({error}). Build a second one and load its weights, or mask the "
             "model itself: upscale.MaskingManager(model, example_inputs=...).importance().mask(...), then "
