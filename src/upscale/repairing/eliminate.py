@@ -67,8 +67,12 @@ class _Group:
         """What the removal of each channel would add to the error, (channels,); infinite for those that are gone."""
         found = torch.full((self._channels,), torch.inf, dtype=self._weight.dtype, device=self._weight.device)
         if len(self._here):
-            columns = (self._weight * self._root).view(len(self._root), -1, self._window).permute(1, 2, 0)
-            here = (columns * torch.linalg.solve(self._blocks(), columns)).sum((1, 2))
+            columns = (self._weight * self._root).view(len(self._root), -1, self._window)
+            if self._window == 1:
+                here = columns.square().sum((0, 2)) / self._inverse.diagonal()
+            else:
+                squares = torch.einsum("mcv,mcw->cvw", columns, columns)
+                here = torch.linalg.solve(self._blocks(), squares).diagonal(dim1=1, dim2=2).sum(1)
             found[self._here] = here.masked_fill(self._gone, torch.inf)
         return found
 
@@ -84,8 +88,8 @@ class _Group:
         (at,) = torch.nonzero(self._here == channel).flatten().tolist()
         span = slice(at * self._window, (at + 1) * self._window)
         change = torch.linalg.solve(self._inverse[span, span], self._inverse[span])  # (window, K)
-        self._weight -= self._weight[:, span] @ change
-        self._inverse -= self._inverse[:, span] @ change
+        self._weight.addmm_(self._weight[:, span].clone(), change, alpha=-1)
+        self._inverse.addmm_(self._inverse[:, span].clone(), change, alpha=-1)
         self._weight[:, span] = 0
         self._inverse[span], self._inverse[:, span] = 0, 0
         self._gone[at] = True
