@@ -19,8 +19,9 @@ from ..flow.effects import Contract, PerChannel, Pointwise, size_of
 from .products import VIEWS, is_pointwise
 from .rates import CPU, Rates
 
-# Less than this many nanoseconds cannot be told from noise, nor can less than this share of a layer's time.
-NOTICEABLE, SHARE = 5000.0, 0.05
+# As a matrix product a layer is no longer called as a module: that must save this many nanoseconds, and this share of
+# the layer's time. Smaller copies, still in a cache, are done before this can be measured in a whole network.
+WORTHWHILE, SHARE = 50_000.0, 0.05
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Setting:
         return ReadCost(self.rates, memory, strided, self._product(reader, dim, rows))
 
     def _product(self, reader: FlowNode, dim: int, rows: int | None) -> Extra | None:
-        """What the reader costs more as a matrix product than as a convolution; None: it cannot be one, or should not."""
+        """What the reader costs more as a matrix product than as a convolution; None: no product will do."""
         effect = reader.effect
         if not self.products or not isinstance(effect, Contract) or not is_pointwise(reader.node, effect, dim):
             return None
@@ -136,11 +137,11 @@ class ReadCost:
         return self._multiplied(channels) < math.inf and not self.strided and self.memory.stretches > 1
 
     def _multiplied(self, channels: int) -> float:
-        """Infinite where the time that it saves is not noticeable."""
+        """Infinite where it does not save enough."""
         if self.product is None:
             return math.inf
         price = self.product.once + channels * self.product.channel
-        least = max(NOTICEABLE, SHARE * channels * self.product.layer)
+        least = max(WORTHWHILE, SHARE * channels * self.product.layer)
         return price if self._copied(1, channels) - price > least else math.inf
 
     def gather(self, channels: int) -> float:

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .cost import NOTICEABLE, ReadCost
+from .cost import ReadCost
 from .model import Mode, Piece
 
 # A smaller layer is worth something by itself: reading more than is wanted must save this share of what picking costs,
-# and a noticeable time.
-ADVANTAGE = 0.2
+# and this many nanoseconds, less than which cannot be told from noise.
+ADVANTAGE, NOTICEABLE = 0.2, 5000.0
 
 
 def choose_read(
