@@ -66,17 +66,16 @@ SHAPES = (
 def layers(memory_format: str, batch: int, seconds: float, bias: bool) -> Iterator[tuple[str, ...]]:
     """A line for each shape."""
     for shape in SHAPES:
-        x, ways = ways_of(shape, memory_format, batch, bias)
-        times = in_turns(ways, x, seconds)
+        times = in_turns(ways_of(shape, memory_format, batch, bias), seconds)
         copying = times.pop("slice")
         ratios = [statistics.median(a / b for a, b in zip(other, copying, strict=True)) for other in times.values()]
         name = f"{shape.size}x{shape.size}, {shape.read} of {shape.held} to {shape.outputs}"
         yield name, f"{statistics.median(copying) / 1000:,.0f}", *(f"{ratio:.2f}" for ratio in ratios)
 
 
-def in_turns(ways: dict[str, Callable[[Tensor], Any]], x: Tensor, seconds: float) -> dict[str, list[int]]:
-    """Nanoseconds of each way in every round. Before each call the tensor is written, as the layer before would: none
-    finds it in a cache because the one before it has read it."""
+def in_turns(ways: dict[str, tuple[Tensor, Callable[[Tensor], Any]]], seconds: float) -> dict[str, list[int]]:
+    """Nanoseconds of each way in every round. Before each call the tensor that it reads is written, as the layer before
+    would: where it lies then does not depend on what was timed before."""
     names = list(ways)
     times: dict[str, list[int]] = {name: [] for name in names}
     end, turn = time.perf_counter() + seconds, 0
@@ -84,9 +83,10 @@ def in_turns(ways: dict[str, Callable[[Tensor], Any]], x: Tensor, seconds: float
         while turn < 8 or time.perf_counter() < end:
             shift = turn % len(names)
             for name in names[shift:] + names[:shift]:
+                x, way = ways[name]
                 x.mul_(1.0)
                 start = time.perf_counter_ns()
-                ways[name](x)
+                way(x)
                 times[name].append(time.perf_counter_ns() - start)
             turn += 1
     return {name: values[3:] for name, values in times.items()}
@@ -94,8 +94,8 @@ def in_turns(ways: dict[str, Callable[[Tensor], Any]], x: Tensor, seconds: float
 
 def ways_of(
     shape: Shape, memory_format: str, batch: int, bias: bool
-) -> tuple[Tensor, dict[str, Callable[[Tensor], Any]]]:
-    """A tensor, and the ways to convolve a part of its channels."""
+) -> dict[str, tuple[Tensor, Callable[[Tensor], Any]]]:
+    """The ways to convolve a part of a tensor's channels, and the tensor that each reads."""
     form, layout = FORMATS[memory_format]
     x = torch.randn(batch, shape.held, shape.size, shape.size).contiguous(memory_format=layout)
     weight = torch.randn(shape.outputs, shape.read, 1, 1).contiguous(memory_format=layout)
@@ -109,11 +109,11 @@ def ways_of(
         part = t.narrow(1, start, shape.read)
         return product(part, weight, added) if bias else product(part, weight)
 
-    return x, {
-        "slice": lambda t: F.conv2d(t.narrow(1, start, shape.read), weight, added),
-        "dense": lambda _: F.conv2d(dense, weight, added),
-        "gather": lambda t: F.conv2d(gathered(t), weight, added),
-        "product": multiplied,
+    return {
+        "slice": (x, lambda t: F.conv2d(t.narrow(1, start, shape.read), weight, added)),
+        "dense": (dense, lambda t: F.conv2d(t, weight, added)),
+        "gather": (x, lambda t: F.conv2d(gathered(t), weight, added)),
+        "product": (x, multiplied),
     }
 
 

@@ -285,21 +285,32 @@ class Spelled(nn.Module):
         planes = torch.bmm(matrix.expand(y.size(0), -1, -1), y.flatten(2))
         if self.kind == "scaled":
             planes = torch.baddbmm(bias[:, None], matrix.expand(y.size(0), -1, -1), y.flatten(2), beta=2.0)
+        if self.kind in ("biased", "bias of a place"):
+            added = bias.unsqueeze(1 if self.kind == "biased" else 0)  # as many places as outputs
+            planes = torch.baddbmm(added, matrix.expand(y.size(0), -1, -1), y.flatten(2))
         return planes.unflatten(2, (y.shape[3], y.shape[2]) if self.kind == "turned planes" else y.shape[2:])
 
 
 @pytest.mark.parametrize(
     ("kind", "restored"),
-    [("rows", True), ("turned", False), ("planes", True), ("turned planes", False), ("scaled", False)],
+    [
+        ("rows", True),
+        ("turned", False),
+        ("planes", True),
+        ("turned planes", False),
+        ("biased", True),
+        ("scaled", False),
+        ("bias of a place", False),
+    ],
 )
 @torch.no_grad()
 def test_only_what_is_a_convolution_becomes_one(kind: str, restored: bool) -> None:
     model = randomise(Spelled(kind).double().eval())
     model.last.weight[:, ::2] = 0
-    x = image(4)
+    x = image(4, 8, 2)
     found = [str(node.target) for node in capture(model, (x,)).graph.nodes]
     assert found.count("aten.conv2d.default") == 2 + restored
-    check(model, upscale.export(model, (x,)), x, image(2))
+    check(model, upscale.export(model, (x,)), x, image(2, 8, 2))
 
 
 def test_the_rate_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
