@@ -18,6 +18,7 @@ from .flow.effects import Contract, PerChannel
 from .large import all_finite
 from .lowering import lower
 from .plan import MODES, Mode, Plan, Target, make_plan
+from .pointwise import product_notes
 from .program import Program
 from .raising import raise_program, training_notes
 from .recipe import attach_recipe, make_recipe
@@ -242,7 +243,7 @@ def make_report(
         layers=rows,
         reads=dict(compiled.plan.read_counts()),
         barriers=compiled.plan.barriers,
-        notes=(*program.notes, *training_notes(lowered)),
+        notes=(*program.notes, *training_notes(lowered), *product_notes(lowered.graph)),
         kept=kept_by_choice(program, compiled.plan),
         removed=tuple(sorted(before - set(pruned.state_dict()))),
         seconds=seconds,

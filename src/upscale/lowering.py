@@ -18,6 +18,7 @@ from .cutting import cut_weight
 from .flow import FlowNode
 from .flow.effects import Contract, Mixing, Movement, PerChannel, Pointwise
 from .plan import Plan
+from .pointwise import Product
 from .program import Program
 from .reading import Reading, as_index
 
@@ -87,7 +88,10 @@ class Lowering(Reading):
         swap = {effect.weight: self._attribute(effect.weight, new)}
         if effect.bias is not None:
             swap[effect.bias] = self._bias(effect.bias, cut.rows, cut.delta)
-        return self._call(node, swap, {"groups": cut.groups} if cut.groups != effect.groups else None)
+        made = self._call(node, swap, {"groups": cut.groups} if cut.groups != effect.groups else None)
+        if cut.product:
+            Product.mark(made, cut.product, node.meta["val"].shape)
+        return made
 
     def _split(self, node: Node) -> Node:
         """Blocks of channels: what is read, parted in two dimensions, or the operator again on what is left."""

@@ -27,6 +27,7 @@ from upscale.layers import (
     may_be_layer,
     slot_nodes,
 )
+from upscale.pointwise import Product, emit_product
 from upscale.program import Program, module_path
 from upscale.tree import Names, Tensors, Tree
 
@@ -218,6 +219,9 @@ class _Emitter:
         return self.values[node]
 
     def _call(self, node: fx.Node) -> Any:
+        product = Product.of(node)
+        if product is not None:
+            return emit_product(self.graph, node, product, self._value)
         if node in self.calls:
             call = layer_call(node, self.program.tensors, self.program.modules.get(self.calls[node]))
             assert call is not None

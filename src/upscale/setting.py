@@ -38,11 +38,16 @@ def in_format(example: Any, target: Target) -> Any:
 
 
 def setting_for(program: Program, target: Target) -> Setting:
-    """Rates of the target's device and backend, and how many examples are planned for to each one captured."""
+    """Rates of the target's device and backend, and how many examples are planned for to each one captured.
+
+    Layers become matrix products only for a target that names the batch or the memory format: who does not say how the
+    model will run gets modules that are called as modules.
+    """
     captured = next((t.shape[0] for t in program.inputs if t.dim() > 0), 1)
     planned = target.batch or program.batch or captured
     rates = target.rates or guessed_rates(target.device or device_of(program.tensors.values()))
-    return Setting(on_backend(rates, target.backend), planned / captured, target.round_to)
+    named = target.batch is not None or target.memory_format is not None
+    return Setting(on_backend(rates, target.backend), planned / captured, target.round_to, named)
 
 
 def device_of(tensors: Iterable[torch.Tensor]) -> str:

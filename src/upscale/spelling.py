@@ -1,8 +1,9 @@
 """Calls in other words, with exactly the same result: one spelling for each thing that the flow rules have to know.
 
 ``x @ weight.T + bias`` and ``addmm(bias, x, weight.T)`` are ``linear``; ``x.expand_as(y)`` is ``x.expand(sizes)``, and
-``multiply`` is ``mul``. A tensor of the model that says yes or no to each place of an index becomes the list of places:
-how many there are is then known before the call.
+``multiply`` is ``mul``; the matrix products that stand for 1x1 convolutions in exported models are convolutions. A
+tensor of the model that says yes or no to each place of an index becomes the list of places: how many there are is then
+known before the call.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import fx
 
 from upscale.functional import remove_dead
 from upscale.importing import Imported
+from upscale.pointwise import restore_convolutions
 
 _aten = torch.ops.aten
 
@@ -42,6 +44,7 @@ _AS_ANOTHER: dict[Any, Any] = {
 
 def normalise_spelling(imported: Imported) -> None:
     """Replace matrix products with a transposed parameter by ``linear``, ``expand_as`` by ``expand``, and so on."""
+    restore_convolutions(imported)
     for node in list(imported.graph.nodes):
         if node.op != "call_function":
             continue

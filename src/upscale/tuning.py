@@ -29,11 +29,13 @@ from .importance.progress import progress_bar
 from .machine import processor
 from .observe import quietly_evaluated
 from .plan import Rates, Target
+from .plan.products import VIEWS
+from .pointwise import as_products
 from .setting import checked_target
 
 __all__ = ["tune"]
 
-_VERSION = 1  # of the experiments below: raise it when one of them changes
+_VERSION = 2  # of the experiments below: raise it when one of them changes
 _MULTIPLES = (1, 2, 4, 8, 16, 32)
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 _SECONDS = 0.05  # for one experiment
@@ -98,6 +100,7 @@ def _measure(layers: list[tuple[nn.Module, Tensor, float]], device: torch.device
         "stretch": bench.stretch,
         "multiply": lambda found: bench.multiply(layers, found),
         "load": bench.load,
+        "product": bench.product,
     }
     found: dict[str, float] = {}
     with progress_bar("measuring this device", len(steps) + 1) as advance:
@@ -124,18 +127,31 @@ class _Bench:
 
     def time(self, run: Callable[[], object]) -> float:
         """Median nanoseconds of one call."""
-        wait = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
         for _ in range(3):
             run()
-        wait()
-        times: list[int] = []
+        times: list[float] = []
         end = time.perf_counter() + _SECONDS
         while len(times) < 9 or time.perf_counter() < end:
-            start = time.perf_counter_ns()
-            run()
-            wait()
-            times.append(time.perf_counter_ns() - start)
+            times.append(self.once(run))
         return statistics.median(times)
+
+    def ratio(self, run: Callable[[], object], other: Callable[[], object], less: float) -> float:
+        """Median time of ``run``, ``less`` nanoseconds, over that of ``other``, measured in turns: what slows the
+        machine slows both."""
+        times: list[tuple[float, float]] = []
+        end = time.perf_counter() + 2 * _SECONDS
+        while len(times) < 3 or time.perf_counter() < end:
+            times.append((self.once(run), self.once(other)))
+        return statistics.median((a - less) / b for a, b in times[1:])
+
+    def once(self, run: Callable[[], object]) -> float:
+        """Nanoseconds of one call."""
+        wait = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
+        wait()
+        start = time.perf_counter_ns()
+        run()
+        wait()
+        return float(time.perf_counter_ns() - start)
 
     def call(self, found: dict[str, float]) -> float:
         x, index = self.random(1, 4, 2, 2), self.index(2, 4)
@@ -173,6 +189,16 @@ class _Bench:
         x, weight = self.random(1, 2048), self.random(2048, 2048)
         taken = self.time(lambda: nn.functional.linear(x, weight))
         return (taken - found["call"] - 2048 * 2048 * found["multiply"]) / (2048 * 2048 * self.width)
+
+    def product(self, found: dict[str, float]) -> float:
+        weight, views, ratios = self.random(96, 64, 1, 1), VIEWS * found["call"], []
+        for form, memory_format in (("rows", torch.channels_last), ("planes", torch.contiguous_format)):
+            part = self.random(4, 128, 56, 56).contiguous(memory_format=memory_format)[:, 32:96]
+            dense = part.contiguous(memory_format=memory_format)
+            kernel = weight.contiguous(memory_format=memory_format)
+            product, convolution = as_products(form).forward, functools.partial(nn.functional.conv2d, dense, kernel)
+            ratios.append(self.ratio(functools.partial(product, part, kernel), convolution, views))
+        return statistics.mean(ratios)
 
     def multiple(self) -> int:
         """The multiple of channels at which a convolution of 33 to 64 channels takes least time on average."""

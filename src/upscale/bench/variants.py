@@ -83,7 +83,7 @@ class Workbench:
 
 def exported(subject: Subject, reads: Mode, setting: Setting) -> nn.Module:
     """The one place in which the benchmark exports. The example is of the setting's batch size and memory format."""
-    target = upscale.Target(backend=setting.backend)  # type: ignore[arg-type]
+    target = upscale.Target(setting.batch, setting.memory_format, setting.backend)  # type: ignore[arg-type]
     return upscale.export(subject.model, subject.args, subject.kwargs, reads=reads, target=target, verify=False)
 
 

@@ -10,9 +10,10 @@ from torch.fx import Node
 from ..errors import InputError
 from ..flow import Flow, FlowNode, Link
 from ..flow.effects import Barrier, Contract, reads_values
-from .cost import Setting, memory_of
+from .cost import ReadCost, Setting, memory_of
 from .keep import Kept, decide_kept
-from .model import MODES, Choice, Contraction, Layout, Mode, Plan, Read
+from .model import MODES, Choice, Contraction, Layout, Mode, Plan, ProductForm, Read
+from .products import form_of
 from .reads import choose_read, price_of, widest_worth
 from .recording import record_spaces
 from .rounding import Rounding, rounded_up
@@ -219,13 +220,26 @@ class _Builder:
             place = Located((base,), place.which, place.position, place.fill)
             sizes = [0]
         names = tuple(s.name for s in place.tensors)
-        cost = self.setting.reading(place.tensors[0], link.dim, self.flow.nodes[node])
+        cost = self._cost(place.tensors[0], link.dim, node)
         kind, pieces = choose_read(names, sizes, place.which, indices, place.fill, self.mode, cost)
         innermost = self.mode == "auto" and kind in ("gather", "collect") and cost.memory.innermost
         price = price_of(kind, pieces, sizes, cost)
         if kind not in ("whole", "view"):
             self.copied[node] = Copied(price, cost, tuple(sizes), len(place.which))
         return Read(node.name, link.operand.name, link.dim, kind, pieces, innermost, price)
+
+    def _cost(self, source: Node, dim: int, reader: Node) -> ReadCost:
+        rows = len(self.positions[reader]) if reader in self.positions else None
+        return self.setting.reading(source, dim, self.flow.nodes[reader], rows)
+
+    def _product(self, node: Node, link: Link) -> ProductForm:
+        """Whether a layer is a matrix product on the slice that it reads."""
+        read = self.reads[node.name][link.operand.name]
+        if self.mode != "auto" or read.kind != "view":
+            return ""
+        (piece,) = read.pieces
+        source = next(n for n in self.flow.nodes if n.name == piece.source)
+        return form_of(source, read.dim) if self._cost(source, read.dim, node).multiplies(len(piece.indices)) else ""
 
     def _stored_behind(self, link: Link) -> Node:
         """A tensor of the shape of a link's operand, but for the channels."""
@@ -267,6 +281,7 @@ class _Builder:
     def _contraction(self, node: Node, f: FlowNode, effect: Contract) -> None:
         demand, rows = self.flow.demands[node], self.positions[node]
         columns: tuple[int, ...] | None = None
+        product: ProductForm = ""
         blank = np.array([], dtype=np.int64)
         if effect.operand is not None:
             link = f.links[0]
@@ -276,6 +291,7 @@ class _Builder:
                 price = self.setting.computing(node, effect, len(rows))
                 wanted = self._widened(node, link, self._as_stored(link, wanted), price)
             self._read(node, link, link.positions[wanted])
+            product = self._product(node, link)
             columns = None if f.pinned else tuple(wanted.tolist())
             blank = wanted[~demand.inputs[wanted]] if demand.blank is None else np.flatnonzero(demand.blank)
             if len(blank) and not f.pinned:
@@ -295,6 +311,7 @@ class _Builder:
             demand.absorber.name if demand.absorber is not None else None,
             groups,
             tuple(blank.tolist()),
+            product,
         )
 
     def _widened(self, node: Node, link: Link, wanted: np.ndarray, price: float) -> np.ndarray:
@@ -313,7 +330,7 @@ class _Builder:
             return wanted
         if node in self.kept.whole:
             return self.positions[source]
-        cost = self.setting.reading(source, link.dim, self.flow.nodes[node])
+        cost = self._cost(source, link.dim, node)
         # This operand is read straight: its positions are the layer's columns.
         stored = self.positions[source]
         wider = widest_worth(stored, wanted, price, cost)

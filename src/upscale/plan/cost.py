@@ -1,11 +1,13 @@
 """What a way of reading costs, in nanoseconds: a few rates, how the tensor lies in memory, and who reads it.
 
 A slice of channels is free where it is one stretch of memory, or where its reader takes any strides; every other
-reader copies it first. What a gather or a join costs depends on whether channels are neighbours in memory.
+reader copies it first, or is a 1x1 convolution that can be carried out as a matrix product on the slice as it lies.
+What a gather or a join costs depends on whether channels are neighbours in memory.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,21 +16,41 @@ from torch.fx import Node
 from ..aliases import first_tensor
 from ..flow import FlowNode
 from ..flow.effects import Contract, PerChannel, Pointwise, size_of
+from .products import VIEWS, is_pointwise
 from .rates import CPU, Rates
+
+# As a matrix product a layer is no longer called as a module: that must save this many nanoseconds, and this share of
+# the layer's time. Smaller copies, still in a cache, are done before this can be measured in a whole network.
+WORTHWHILE, SHARE = 50_000.0, 0.05
 
 
 @dataclass(frozen=True)
 class Setting:
     """What a plan is made for. ``examples``: the planned batch size over that of the captured example. ``round_to`` is
-    that of :class:`~upscale.plan.target.Target`."""
+    that of :class:`~upscale.plan.target.Target`. ``products``: whether a 1x1 convolution may become a matrix product:
+    only where the batch or the memory format was asked for."""
 
     rates: Rates = CPU
     examples: float = 1.0
     round_to: int = 1
+    products: bool = False
 
-    def reading(self, source: Node, dim: int, reader: FlowNode) -> ReadCost:
-        """What ``reader`` pays for channels of ``source`` along ``dim``."""
-        return ReadCost(self.rates, memory_of(source, dim, self.examples), takes_strides(reader, dim, self.rates))
+    def reading(self, source: Node, dim: int, reader: FlowNode, rows: int | None = None) -> ReadCost:
+        """What ``reader`` pays for channels of ``source`` along ``dim``. ``rows``: outputs that it keeps, if it is a
+        layer; None: all."""
+        memory, strided = memory_of(source, dim, self.examples), takes_strides(reader, dim, self.rates)
+        return ReadCost(self.rates, memory, strided, self._product(reader, dim, rows))
+
+    def _product(self, reader: FlowNode, dim: int, rows: int | None) -> Extra | None:
+        """What the reader costs more as a matrix product than as a convolution; None: no product will do."""
+        effect = reader.effect
+        if not self.products or not isinstance(effect, Contract) or not is_pointwise(reader.node, effect, dim):
+            return None
+        rows = size_of(effect.weight.meta["val"].shape[0]) if rows is None else rows
+        if rows < self.rates.vector:  # with so few outputs a product is slow on gapped rows
+            return None
+        layer = self.computing(reader.node, effect, rows)
+        return Extra(VIEWS * self.rates.call, max(0.0, self.rates.product - 1.0) * layer, layer)
 
     def rounded(self, needed: int, held: int) -> int:
         """Channels that a layer reads, of as many as there are."""
@@ -87,18 +109,40 @@ def takes_strides(reader: FlowNode, dim: int, rates: Rates) -> bool:
 
 
 @dataclass(frozen=True)
+class Extra:
+    """Nanoseconds once, and for each channel that is read; ``layer``: what a channel costs the layer anyway."""
+
+    once: float
+    channel: float
+    layer: float
+
+
+@dataclass(frozen=True)
 class ReadCost:
     """Nanoseconds of each way of reading from one tensor, for one reader."""
 
     rates: Rates
     memory: Memory
     strided: bool  # the reader takes a slice as it lies
+    product: Extra | None = None  # where the reader can be a matrix product, which takes any slice as it lies
 
     def view(self, channels: int) -> float:
         """One slice."""
         if self.strided or self.memory.stretches <= 1:
             return 0.0
-        return self._copied(1, channels)
+        return min(self._copied(1, channels), self._multiplied(channels))
+
+    def multiplies(self, channels: int) -> bool:
+        """Whether a slice is better read by a matrix product as it lies than copied for a convolution."""
+        return self._multiplied(channels) < math.inf and not self.strided and self.memory.stretches > 1
+
+    def _multiplied(self, channels: int) -> float:
+        """Infinite where it does not save enough."""
+        if self.product is None:
+            return math.inf
+        price = self.product.once + channels * self.product.channel
+        least = max(WORTHWHILE, SHARE * channels * self.product.layer)
+        return price if self._copied(1, channels) - price > least else math.inf
 
     def gather(self, channels: int) -> float:
         """One ``index_select``."""

@@ -14,6 +14,7 @@ from .shared import Space
 
 Mode = Literal["auto", "gather", "baseline"]
 MODES: tuple[Mode, ...] = ("auto", "gather", "baseline")
+ProductForm = Literal["", "rows", "planes"]
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,9 @@ class Read:
 class Contraction:
     """What becomes of one layer's weight: rows and columns kept (original indices, in order), rows emitted as zero,
     and what folded constants add to the bias (or to ``absorber``'s running mean, negated). ``groups``: how many groups
-    a grouped convolution keeps; ``blank``: columns emitted as zero."""
+    a grouped convolution keeps; ``blank``: columns emitted as zero. ``product``: whether a 1x1 convolution is emitted
+    as a matrix product, and of what: ``"rows"`` (a row for every place), ``"planes"`` (a matrix for every example) or
+    ``""`` (a convolution stays one)."""
 
     rows: tuple[int, ...]
     columns: tuple[int, ...] | None  # None: all (no inputs)
@@ -77,6 +80,7 @@ class Contraction:
     absorber: str | None
     groups: int = 1
     blank: tuple[int, ...] = ()
+    product: ProductForm = ""
 
 
 @dataclass(frozen=True)
@@ -156,4 +160,5 @@ def _read(v: dict[str, Any]) -> Read:
 def _contraction(v: dict[str, Any]) -> Contraction:
     columns = None if v["columns"] is None else tuple(v["columns"])
     delta, blank = tuple(v["delta"]), tuple(v["blank"])
-    return Contraction(tuple(v["rows"]), columns, tuple(v["zero_rows"]), delta, v["absorber"], v["groups"], blank)
+    given = (delta, v["absorber"], v["groups"], blank, v.get("product", ""))
+    return Contraction(tuple(v["rows"]), columns, tuple(v["zero_rows"]), *given)

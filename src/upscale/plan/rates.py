@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 
@@ -13,6 +14,8 @@ class Rates:
     in stretches, read and written. ``pick``: a byte gathered where channels are neighbours in memory. ``call``: an
     operator's call. ``piece``: one more tensor in a concatenation. ``stretch``: one more stretch of memory in a copy.
     ``strides``: whether some readers take a slice as it is. ``vector``: channels that a kernel works on at a time.
+    ``product``: the time of a matrix product on a slice as it lies, over that of a 1x1 convolution on as many channels
+    without gaps; infinite: such a product is never an option.
     """
 
     multiply: float = 0.015
@@ -24,18 +27,19 @@ class Rates:
     stretch: float = 1.4
     strides: bool = True
     vector: int = 16
+    product: float = 1.0
 
 
 # One thread of an x86 server with AVX-512, torch 2.13 (`upscale.tune` measures them). The GPU's are data sheet values
-# of a large one, where launches count more than bytes.
+# of a large one, where launches count more than bytes; products on slices were not measured there.
 CPU = Rates()
-CUDA = Rates(0.0001, 0.0005, 0.001, 0.002, 6000.0, 500.0, 0.0)
+CUDA = Rates(0.0001, 0.0005, 0.001, 0.002, 6000.0, 500.0, 0.0, product=math.inf)
 _BACKENDS: dict[str, dict[str, float | bool]] = {
     "eager": {},
     # Slices and gathers are fused into the loop that writes the tensor; convolutions want theirs dense all the same.
-    "compile": {"call": 300.0, "piece": 100.0},
+    "compile": {"call": 300.0, "piece": 100.0, "product": math.inf},
     # Slice, Gather and Concat are nodes of their own and copy.
-    "onnxruntime": {"call": 2000.0, "piece": 2000.0, "strides": False},
+    "onnxruntime": {"call": 2000.0, "piece": 2000.0, "strides": False, "product": math.inf},
 }
 
 

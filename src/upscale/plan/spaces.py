@@ -211,7 +211,8 @@ def _demands_on(
         mine = np.unique(classes[_units(flow, source)[place.position[place.which == i]]])
         present = np.unique(classes[kept.kept[source]])
         if len(mine) < len(present) and np.isin(mine, present).all():
-            cost = setting.reading(source, link.dim, reader)
+            rows = int(kept.kept[reader.node].sum()) if reader.node in kept.kept else None
+            cost = setting.reading(source, link.dim, reader, rows)
             found.append(Demanded(mine, present, *_prices(cost, len(mine), len(sources) > 1)))
     return found
 
