@@ -106,6 +106,27 @@ def test_scores_are_the_same_for_the_same_seed_and_leave_the_model_alone() -> No
     assert all(parameter.grad is None for parameter in model.parameters()) and model.training
 
 
+class OneToken(nn.Module):
+    """A layer that reads the same for every input, and one that the outputs do not depend on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.ones(1, 6))
+        self.constant, self.unused, self.layer = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        unused = self.unused(x)
+        return self.layer(torch.relu(x)) * self.constant(self.token) + 0 * unused
+
+
+def test_layers_that_change_nothing_are_free() -> None:
+    torch.manual_seed(0)
+    model = OneToken().double().eval()
+    names = ("constant", "unused", "layer")
+    found = scored(model, [normal(64, 6)], **{name: model.get_submodule(name) for name in names})
+    assert float(found["constant"].sum()) < 1e-9 < 1e-2 < float(found["layer"].sum())
+
+
 @pytest.mark.parametrize(("groups", "kind"), [*itertools.product((1, 2), (nn.Conv2d, nn.ConvTranspose2d))])
 def test_every_channel_has_a_score(groups: int, kind: type[nn.Module]) -> None:
     model = nn.Sequential(kind(4, 6, 3, groups=groups)).double().eval()

@@ -56,8 +56,10 @@ class _Group:
 
     def __init__(self, gram: Tensor, weight: Tensor, factors: Tensor, window: int) -> None:
         size = len(gram)
-        damping = _DAMPING * gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)
-        self._inverse = torch.linalg.inv(gram + damping * torch.eye(size, dtype=gram.dtype, device=gram.device))
+        mean = gram.diagonal().mean()
+        self._scale = torch.where(mean > torch.finfo(gram.dtype).tiny, mean, 1.0)  # 0: it reads a constant
+        damped = gram / self._scale + _DAMPING * torch.eye(size, dtype=gram.dtype, device=gram.device)
+        self._inverse = torch.linalg.inv(damped)
         self._weight, self._root, self._window = weight.clone(), factors.sqrt().unsqueeze(1), window
         self._channels = size // window
         self._here = torch.arange(self._channels, device=gram.device)
@@ -73,7 +75,7 @@ class _Group:
             else:
                 squares = torch.einsum("mcv,mcw->cvw", columns, columns)
                 here = torch.linalg.solve(self._blocks(), squares).diagonal(dim1=1, dim2=2).sum(1)
-            found[self._here] = here.masked_fill(self._gone, torch.inf)
+            found[self._here] = (self._scale * here).masked_fill(self._gone, torch.inf)
         return found
 
     def _blocks(self) -> Tensor:

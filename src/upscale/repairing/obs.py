@@ -132,11 +132,18 @@ class _Curves:
         errors = self._sensitivity.errors(asked) if asked else {}
         for name, one in self._pending.items():
             costs = one.path.costs.numpy()
-            curve = np.cumsum(costs) / one.energy if one.energy else along(costs, list(one.changes), errors[name])
+            curve = (
+                _of_itself(costs, one.energy) if name not in errors else along(costs, list(one.changes), errors[name])
+            )
             scores = torch.empty(len(costs), dtype=torch.float64)
             scores[one.path.order] = torch.from_numpy(increments(curve))
             self._found[name] = scores
         self._pending, self._held = {}, 0
+
+
+def _of_itself(costs: np.ndarray, energy: float | None) -> np.ndarray:
+    """The error of what a layer writes, relative to it; none if that never changes."""
+    return np.cumsum(costs) / energy if energy else np.zeros_like(costs)
 
 
 def _removed(site: Site, moments: Moments, factors: Tensor | None) -> _Removed:
@@ -145,7 +152,7 @@ def _removed(site: Site, moments: Moments, factors: Tensor | None) -> _Removed:
     gram = moments.regression(rows, site.shift is not None).gram
     window = math.prod(site.geometry.window)
     if factors is None:
-        energy = float(((rows @ gram) * rows).sum()) or 1.0
+        energy = float(((rows @ gram) * rows).sum())
         return _Removed(eliminate(gram, rows, window, torch.ones_like(rows[..., 0])), {}, energy)
     channels = len(gram) * (gram.shape[1] // window)
     counts = sorted({math.ceil(share * channels) for share in _SHARES})
