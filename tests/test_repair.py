@@ -511,6 +511,28 @@ def test_what_is_no_layer_is_left_and_named() -> None:
     assert "second use" in report.left["table"] and "left as it is: table" in str(report)
 
 
+class Position(nn.Module):
+    """What is added does not depend on the example: one map for all of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places = nn.Parameter(torch.randn(1, 5, 6, 6))
+        self.project, self.layer = nn.Conv2d(5, 4, 3, padding=1), nn.Conv2d(3, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.project(torch.relu(self.places))) + self.layer(x)
+
+
+def test_layers_that_read_the_same_for_every_example_are_repaired_too() -> None:
+    torch.manual_seed(0)
+    model = random_like(Position())
+    masked = zeroed(model, project__weight=(slice(None), slice(2)))
+    report = upscale.repair(masked, model, [normal(9, 3, 6, 6), normal(7, 3, 6, 6)], progress=False).repair_report
+    (row,) = (row for row in report.layers if row.name == "project")
+    assert row.after < 0.5 * row.before
+    assert report.outputs[1] < 0.5 * report.outputs[0]
+
+
 # -- bad input -------------------------------------------------------------------------------------------------------
 
 

@@ -35,7 +35,7 @@ def is_held_out(numbers: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Sums:
-    """Of the examples that are used, and of those that are held out."""
+    """Of the examples that are used, and of those that are held out: the same object where there are none."""
 
     used: Moments
     held: Moments
@@ -83,10 +83,13 @@ class Samples:
         self.sums = Sums(Moments(), Moments())
         self._go_over(lambda chunk: self._sums_of(self.sums, chunk).add(chunk.rows, self._grouped(chunk.target)))
         self._is_read = True
+        if not self.sums.held.count:  # it reads the same whatever the example: all rows say whether it is right
+            self.sums = Sums(self.sums.used, self.sums.used)
 
     def step(self, last: Solution) -> Sums:
         """The sums for a step from ``last`` behind the activation: see :meth:`_Ends.step`."""
-        sums = Sums(self.sums.used.without_targets(), self.sums.held.without_targets())
+        used = self.sums.used.without_targets()
+        sums = Sums(used, used if self._holds_nothing_out else self.sums.held.without_targets())
 
         def add(chunk: _Chunk) -> None:
             rows = chunk.rows.double()
@@ -102,7 +105,7 @@ class Samples:
         wrong = [torch.zeros(()) for _ in tried]
 
         def add(chunk: _Chunk) -> None:
-            if chunk.is_held:
+            if chunk.is_held or self._holds_nothing_out:
                 rows = chunk.rows.double()
                 for number, solution in enumerate(tried):
                     found = chunk.ends.error(_flat(solution.of(rows)), chunk.target, chunk.added)
@@ -110,6 +113,10 @@ class Samples:
 
         self._go_over(add)
         return [entry / max(1, self.sums.held.count) for entry in wrong]
+
+    @property
+    def _holds_nothing_out(self) -> bool:
+        return self.sums.held is self.sums.used
 
     def _sums_of(self, sums: Sums, chunk: _Chunk) -> Moments:
         return sums.held if chunk.is_held else sums.used
