@@ -39,6 +39,7 @@ DEFAULT = ("resnet20", "resnet56", "densenet40", "mobilenet_v2", "mobilenetv1_10
 AMOUNTS = (0.1, 0.25, 0.5)
 METHODS: tuple[Method, ...] = ("constrained", "unconstrained")
 MASKS = ("l2", "obs", "global")
+TITLES = {"l2": "L2", "obs": "OBS", "global": "OBS, global"}
 OUT = ROOT / "docs" / "accuracy"
 _CALIBRATION = 1024
 _BATCH = {32: 128, 224: 25}  # by size of the image
@@ -164,6 +165,7 @@ def page(rows: Sequence[Row]) -> str:
         "`upscale.OBS`. *OBS, global*: all layers ranked together by what the outputs lose; for a budget, by that "
         "over what a channel costs.\n"
     ]
+    parts.append(f"## Repaired by ridge regression\n\n{summary(rows)}")
     for name in dict.fromkeys(row.network for row in rows):
         mine = sorted((row for row in rows if row.network == name), key=_order)
         first = mine[0]
@@ -173,16 +175,35 @@ def page(rows: Sequence[Row]) -> str:
     return "\n".join(parts)
 
 
+def summary(rows: Sequence[Row]) -> str:
+    """Top-1 after ridge regression alone: a line for each network and way of masking, a column for each share."""
+    plain = [row for row in rows if not row.steps]
+    asked = sorted(
+        {(row.asked, row.share) for row in plain}, key=lambda one: (one[0], one[1] * (-1) ** (one[0] == "flops"))
+    )
+    lines = []
+    for name in dict.fromkeys(row.network for row in plain):
+        for masks, method in itertools.product(MASKS, METHODS):
+            mine = {(r.asked, r.share): r for r in plain if (r.network, r.masks, r.method) == (name, masks, method)}
+            if mine:
+                first = next(iter(mine.values()))
+                cells = [f"{mine[one].repaired:.1f}" if one in mine else "" for one in asked]
+                lines.append([NETS[name].title, TITLES[masks], method, f"{first.dense:.1f}", *cells])
+    return table(["network", "masks", "method", "dense", *(_asked(*one) for one in asked)], lines)
+
+
+def _asked(asked: str, share: float) -> str:
+    return f"{share:.0%} of channels" if asked == "amount" else f"{share:g} of FLOPs"
+
+
 def _order(row: Row) -> tuple[Any, ...]:
     return row.asked, row.share, row.steps, MASKS.index(row.masks), row.method, row.calibration
 
 
 def _line(row: Row) -> list[str]:
-    asked = f"{row.share:.0%} of channels" if row.asked == "amount" else f"{row.share:g} of FLOPs"
-    masks = {"l2": "L2", "obs": "OBS", "global": "OBS, global"}[row.masks]
     repair = f"{row.steps} steps on blocks" if row.steps else "ridge"
     numbers = [f"{row.flops:.3f}", f"{row.masked:.2f}", f"{row.repaired:.2f}", f"{row.dense - row.repaired:.2f}"]
-    return [asked, masks, row.method, repair, str(row.calibration), *numbers]
+    return [_asked(row.asked, row.share), TITLES[row.masks], row.method, repair, str(row.calibration), *numbers]
 
 
 # -- the command ------------------------------------------------------------------------------------------------------

@@ -91,6 +91,31 @@ def test_pruning_repairs_other_masks_too(model: Uneven, batches: list[Tensor]) -
     assert pruned.repair_report.outputs == pytest.approx(by_hand.repair_report.outputs)
 
 
+def test_a_generator_lasts_for_several_steps(model: Uneven, batches: list[Tensor]) -> None:
+    one, other = (
+        upscale.mask(model, batches[0], amount=0.5, steps=2, calibration=data) for data in (iter(batches), batches)
+    )
+    assert torch.equal(one.all.weight, other.all.weight)
+
+
+def test_names_of_importances_are_in_any_case(model: Uneven, batches: list[Tensor]) -> None:
+    for name in ("OBS", "Auto"):
+        pruned = upscale.prune(model, batches[0], amount=0.25, importance=name, calibration=batches)
+        assert pruned.repair_report.outputs == pytest.approx(
+            upscale.prune(model, batches[0], amount=0.25, calibration=batches).repair_report.outputs
+        )
+
+
+def test_messages_are_about_the_calibration_data(model: Uneven, batches: list[Tensor]) -> None:
+    for data, message in (
+        ([], "^OBS: there are no batches"),
+        ([batches[0][:1]], "^OBS needs at least two examples"),
+        ([torch.randn(4, 5, 8, 8)], "^batch 0: "),
+    ):
+        with pytest.raises(InputError, match=message):
+            upscale.mask(model, batches[0], amount=0.25, calibration=data)
+
+
 def test_what_does_not_fit_together_is_refused(model: Uneven, batches: list[Tensor]) -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(InputError, match=r'calibration is for importance="obs".*upscale.repair'):

@@ -398,3 +398,12 @@ def test_a_model_under_masks_of_torch_is_told_what_to_do_first() -> None:
         with pytest.raises(UnsupportedModelError, match=r"2.weight is not a parameter.*torch.nn.utils.prune.remove"):
             upscale.mask(model, torch.rand(2, 4), amount=0.5)
         model(torch.rand(2, 4))
+
+
+def test_steps_may_follow_masks_that_are_not_permanent() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    manager = MaskingManager(model, example_inputs=torch.rand(2, 4))
+    manager.mask(0.25, permanent=False)
+    manager.mask(0.5, steps=2)
+    assert {name: len(channels) for name, channels in manager.masked.items()} == {"2": 4, "4": 4}
+    assert not parametrize.is_parametrized(model[2]) and int((model[2].weight.abs().sum(0) == 0).sum()) == 4

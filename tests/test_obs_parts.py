@@ -230,3 +230,47 @@ def test_prices_in_parameters_and_time() -> None:
     per_byte = float(weights[0]) / (4 * 4 + 8 * 9)
     assert float(weights.min()) == float(weights.max()) and per_byte == pytest.approx(4)
     assert bool((time > 0).all())
+
+
+@torch.no_grad()
+def test_a_channel_behind_a_flatten_is_paid_for_once() -> None:
+    """It is as many columns of the linear layer as it has places: all of them together free what writes it."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 8, 3, padding=1), nn.ReLU(), nn.Flatten()]
+    model, x = nn.Sequential(*layers, nn.Linear(8 * 16, 5)).eval(), torch.randn(2, 3, 4, 4)
+    program = capture(model, (x,), {})
+    columns = Group({"4": torch.arange(128)}, 128)
+    tied = Group({"4": torch.arange(128).view(8, 16)}, 8)
+    single, whole = channel_prices(program, "flops", [columns, tied], "input")
+    masked = copy.deepcopy(model)
+    masked[4].weight[:, 2 * 16 : 3 * 16] = 0
+    saved = (count_flops(program) - count_flops(capture(upscale.export(masked, (x,)), (x,), {}))) / 2
+    assert float(whole[2]) == pytest.approx(saved) and float(single[32:48].sum()) == pytest.approx(saved)
+
+
+class Tokens(nn.Module):
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.table, self.layer, self.head, self.times = (
+            nn.Embedding(200, 16),
+            nn.Linear(16, 16),
+            nn.Linear(16, 4),
+            times,
+        )
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.table(tokens)
+        for _ in range(self.times):
+            x = torch.relu(self.layer(x))
+        return self.head(x)
+
+
+@pytest.mark.parametrize(("times", "weights", "products"), [(1, 16 + 200, 10 * 16), (3, 16, 3 * 10 * 16)])
+def test_parameters_are_counted_once_and_tables_too(times: int, weights: int, products: int) -> None:
+    """What a layer that is called again and again reads is on no segment: nothing else would go."""
+    program = capture(Tokens(times).eval(), (torch.randint(200, (2, 5)),), {})
+    group = Group({"layer": torch.arange(16)}, 16)
+    (by_weight,) = channel_prices(program, "params", [group], "input")
+    (by_product,) = channel_prices(program, "flops", [group], "input")
+    assert float(by_weight[0]) / 4 == pytest.approx(weights)  # in bytes
+    assert float(by_product[0]) == pytest.approx(products)

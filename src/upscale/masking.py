@@ -212,7 +212,7 @@ class MaskingManager:
         if ignored and not any(parts):
             raise NothingToPruneError("every layer that could be masked is ignored or has an amount of 0")
         before = self._scores, self.retained, self.laid_out
-        with held(self._model, self._touched() if steps > 1 else []):
+        with held(self._model, self._touched if steps > 1 else list):
             try:
                 masked = self._layer_channels(self._choose(request, parts))
             except BaseException:
@@ -233,7 +233,7 @@ class MaskingManager:
 
     def _set(self, chosen: dict[str, Tensor]) -> None:
         """Masks by hand: for some layers, the channels that are masked from now on."""
-        with held(self._model, []) as lifted:
+        with held(self._model, list) as lifted:
             if not lifted:
                 refuse_regrowth(self._layers, self._side, self.masked, chosen)
             masked = {name: channels for name, channels in {**self.masked, **chosen}.items() if len(channels)}

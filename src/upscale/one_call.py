@@ -111,7 +111,7 @@ def prune(
         What :func:`mask`, :func:`repair` and :func:`export` raise. ``model`` is untouched in every case.
     """
     batches = None if calibration is None else list(checked_batches(calibration))  # gone over twice
-    by_them = masking.get("importance", "auto") in ("auto", "obs")
+    by_them = _is_named(masking.get("importance", "auto"), "auto", "obs")
     masked = mask(model, args, kwargs, calibration=batches if by_them else None, **masking)
     report = None
     if batches is not None:
@@ -128,17 +128,20 @@ def prune(
 
 def _with_data(importance: Heuristic, calibration: Iterable[Any] | None, side: Side) -> Heuristic:
     """What ``"auto"`` and ``"obs"`` stand for."""
-    by_name = importance.lower() if isinstance(importance, str) else None
-    if by_name == "auto" and (calibration is None or side == "output"):
+    if _is_named(importance, "auto") and (calibration is None or side == "output"):
         return "l2"
-    if by_name in ("auto", "obs") and calibration is not None:
-        return OBS(calibration)
+    if _is_named(importance, "auto", "obs") and calibration is not None:
+        return OBS(list(checked_batches(calibration)))  # gone over once a step
     if calibration is not None:
         raise InputError(
             f'calibration is for importance="obs"; {importance!r} needs none, or has its own. To repair what such '
             "masks leave, call upscale.repair, or upscale.prune with calibration="
         )
     return importance
+
+
+def _is_named(importance: Heuristic, *names: str) -> bool:
+    return isinstance(importance, str) and importance.lower() in names
 
 
 def _copy(model: nn.Module, importance: Heuristic) -> tuple[nn.Module, Heuristic]:

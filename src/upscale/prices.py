@@ -29,7 +29,8 @@ def channel_prices(program: Program, kind: str, groups: Sequence[Group], side: S
 
     A channel costs its share of the layers that it is masked in. Of the layers on the other side of its segment it
     costs an equal part with all that must mask it for them to lose it: what a convolution writes goes when no layer
-    reads it any more. ``kind``: ``"flops"`` counts multiplications, ``"params"`` weights, ``"latency"`` modelled time.
+    reads it any more. What a depthwise layer in between costs is left out. ``kind``: ``"flops"`` counts
+    multiplications, ``"params"`` weights, ``"latency"`` modelled time.
     """
     flow = analyse_flow(program, partial=False)
     costs = _costs(flow, _setting(program, kind))
@@ -67,18 +68,20 @@ def _setting(program: Program, kind: str) -> Setting:
 
 def _costs(flow: Flow, setting: Setting) -> dict[str, _Cost]:
     found: dict[str, _Cost] = defaultdict(_Cost)
+    counts_weights = not setting.rates.multiply
     for node, entry in flow.nodes.items():
         effect = entry.effect
-        if isinstance(effect, Contract) and effect.operand is not None:
+        if isinstance(effect, Contract) and (effect.operand is not None or counts_weights):
             name = str(effect.weight.target).removesuffix(".weight")
             inputs, outputs = _channels(effect.operand, effect.in_dim), _channels(node, effect.out_dim)
             here = setting.computing(node, effect, outputs) * inputs / effect.groups
-            found[name] = _Cost(found[name].total + here, inputs, outputs)
+            before = 0.0 if counts_weights else found[name].total  # a weight is there once, however often it is used
+            found[name] = _Cost(before + here, inputs, outputs)
     return found
 
 
-def _channels(node: fx.Node, dim: int | None) -> int:
-    return 1 if dim is None else max(1, size_of(node.meta["val"].shape[dim]))
+def _channels(node: fx.Node | None, dim: int | None) -> int:
+    return 1 if node is None or dim is None else max(1, size_of(node.meta["val"].shape[dim]))
 
 
 def _shared(segments: Segments, costs: Mapping[str, _Cost], side: Side) -> dict[str, Tensor]:
@@ -97,5 +100,6 @@ def _shared(segments: Segments, costs: Mapping[str, _Cost], side: Side) -> dict[
                 row, column = torch.nonzero(places >= 0, as_tuple=True)
                 size = costs[name].inputs if side == "input" else costs[name].outputs
                 mine = found.setdefault(name, torch.zeros(size, dtype=torch.float64))
-                mine[places[row, column]] += (price / sharers.clamp_min(1))[row]
+                share = price / sharers.clamp_min(1) / (places >= 0).sum(1).clamp_min(1)  # behind a flatten: of a place
+                mine[places[row, column]] += share[row]
     return found

@@ -6,7 +6,7 @@ computes with is that value with zeros at the masked entries. Their gradient the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -89,11 +89,12 @@ def lift(model: nn.Module) -> list[Lifted]:
 
 
 @contextmanager
-def held(model: nn.Module, tensors: Iterable[Tensor]) -> Iterator[list[Lifted]]:
-    """Without temporary masks inside; if anything is raised they are put on again, and ``tensors`` put back."""
+def held(model: nn.Module, tensors: Callable[[], Iterable[Tensor]]) -> Iterator[list[Lifted]]:
+    """Without temporary masks inside; if anything is raised they are put on again, and put back is what ``tensors``
+    gives once they are off."""
     lifted = lift(model)
     try:
-        with put_back_on_error(tensors):
+        with put_back_on_error(tensors()):
             yield lifted
     except BaseException:
         lift(model)  # new ones may be on in part

@@ -68,7 +68,7 @@ class OBS(FromBatches):
         computed or not all their own."""
         if subject.side != "input":
             raise InputError('OBS scores the channels that a layer reads: side="input"')
-        inputs = collect(subject.model, self._batches)
+        inputs = collect(subject.model, self._batches, "OBS")
         with quietly_evaluated(subject.model):
             pair = paired_with_itself(subject.model, inputs)
             sites, left = find_sites(pair, subject.model)

@@ -39,7 +39,7 @@ class Pair:
     origin: Mapping[fx.Node, fx.Node]
 
 
-def collect(model: nn.Module, batches: Any) -> Inputs:
+def collect(model: nn.Module, batches: Any, title: str = "repair") -> Inputs:
     """All batches, held where they lie: an iterable may be one that can be used only once.
 
     Raises ``InputError`` where there are none, or one does not nest like the first; ``NonFiniteError`` for NaN.
@@ -60,9 +60,9 @@ def collect(model: nn.Module, batches: Any) -> Inputs:
         found.append(tuple(leaf.detach() for leaf in leaves))
         sizes.append(next((leaf.shape[0] for leaf in leaves if leaf.dim()), 1))
     if first is None:
-        raise InputError("repair: there are no batches (a generator can be used only once)")
+        raise InputError(f"{title}: there are no batches (a generator can be used only once)")
     if sum(sizes) < 2:
-        raise InputError("repair needs at least two examples: one of them is held out, to check the result on")
+        raise InputError(f"{title} needs at least two examples: one of them is held out, to check the result on")
     return Inputs(first, tuple(found), tuple(sizes), device_of(model))
 
 
@@ -72,7 +72,7 @@ def capture_pair(masked: nn.Module, original: nn.Module, inputs: Inputs) -> Pair
     Raises ``InputError`` where the networks differ in structure, or a batch in a size that the capture fixed.
     """
     args, kwargs = _moved(inputs)
-    programs = capture(masked, args, kwargs), capture(original, args, kwargs)
+    programs = _captured(masked, args, kwargs), _captured(original, args, kwargs)
     calls = [[node for node in program.graph.nodes if node.op == "call_function"] for program in programs]
     for one, other in zip(*calls, strict=False):
         if one.target is not other.target:
@@ -90,9 +90,17 @@ def capture_pair(masked: nn.Module, original: nn.Module, inputs: Inputs) -> Pair
 def paired_with_itself(model: nn.Module, inputs: Inputs) -> Pair:
     """``model`` as both networks. Raises ``InputError`` where a batch does not fit what was captured."""
     args, kwargs = _moved(inputs)
-    program = capture(model, args, kwargs)
+    program = _captured(model, args, kwargs)
     _check_sizes(program, inputs.leaves)
     return Pair(program, program, {node: node for node in program.graph.nodes})
+
+
+def _captured(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
+    """Raises ``InputError`` where the model does not accept the first batch, which is the example here."""
+    try:
+        return capture(model, args, kwargs)
+    except InputError as error:
+        raise InputError(f"batch 0: {error}") from error
 
 
 def _moved(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
