@@ -68,6 +68,10 @@ accuracy: $(STAMP)
 		--images all --out docs/accuracy
 	$(BIN)/upscale reproduce --methods unconstrained,constrained,contiguous --importance l2 --out docs/accuracy
 	$(BIN)/upscale reproduce --out docs/accuracy
+	$(RUN) -m benchmarks.repair --nets resnet20 resnet56 densenet40
+	$(RUN) -m benchmarks.repair --nets resnet20 resnet56 densenet40 --masks global --amounts --flops 0.7 0.5
+	$(RUN) -m benchmarks.repair --nets resnet20 resnet56 --amounts 0.5 --masks global --methods unconstrained --blockwise
+	$(RUN) -m benchmarks.repair --nets mobilenet_v2 mobilenetv1_100 --amounts 0.1 0.25 --methods unconstrained
 
 results: $(STAMP)
 	$(RUN) -m benchmarks.results

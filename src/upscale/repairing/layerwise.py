@@ -8,7 +8,7 @@ is added to a shortcut, the shortcut's error is part of the target (section 3.1,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -36,9 +36,11 @@ def repair_layer(
 
     ``sizes``: examples of each batch. Raises ``NonFiniteError`` where the layer reads or should write NaN.
     """
-    samples = Samples(site, frontier, sizes, seed)
+    whole = site.geometry.rows_of(site.weight.detach()).double()
+    columns = _used(whole)
+    samples = Samples(site, frontier, sizes, seed, columns)
     sums = samples.sums
-    rows = site.geometry.rows_of(site.weight.detach()).double()
+    rows = whole[..., columns]
     kept = rows != 0
     alive = kept.any(2)
     importance = _importance(site, frontier.tapes[0], alive)
@@ -52,12 +54,14 @@ def repair_layer(
     if site.calls[0].clamp is None or ridge is None:
         errors = [start.judged(sums, solution) for solution in tried]
     else:
+        step = replace(start, ridges=(ridge,))
         for _ in range(_STEPS):
-            tried.append(start.best(samples.step(tried[-1]), tried[-1])[0])
+            tried.append(step.best(samples.step(tried[-1]), tried[-1])[0])
         errors = [float((error * importance).sum()) for error in samples.errors(tried)]
     best = min(range(len(tried)), key=errors.__getitem__)
     if best:
-        _write(site, tried[best].weight, tried[best].shift - present.shift)
+        whole[..., columns] = tried[best].weight
+        _write(site, whole, tried[best].shift - present.shift)
     relative = errors[0] / scale, errors[best] / scale
     unknowns = int(kept.sum(2).max()) + (site.shift is not None)
     return LayerRepair(site.name, *relative, ridge if best else None, sums.used.count, unknowns)
@@ -97,6 +101,12 @@ class _Fit:
     def judged(self, sums: Sums, solution: Solution) -> float:
         """Mean square error on the held-out rows, summed over the outputs."""
         return float((sums.held.error(solution.weight, solution.shift) * self.importance).sum())
+
+
+def _used(rows: Tensor) -> Tensor:
+    """The columns that any output keeps: nothing has to be known of the others. All if there are none."""
+    used = torch.nonzero((rows != 0).any(0).any(0)).flatten()
+    return used if len(used) else torch.arange(rows.shape[2], device=rows.device)
 
 
 def _present_bias(site: Site) -> Tensor | float:

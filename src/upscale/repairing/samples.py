@@ -72,8 +72,11 @@ class Samples:
     """The rows of a layer's regression. Places are drawn for each example by a generator of the seed, so that how
     examples are put into batches changes nothing, and neither does going over them again."""
 
-    def __init__(self, site: Site, frontier: Frontier, sizes: Sequence[int], seed: int) -> None:
-        self._site, self._frontier, self._seed = site, frontier, seed
+    def __init__(
+        self, site: Site, frontier: Frontier, sizes: Sequence[int], seed: int, columns: Tensor | None = None
+    ) -> None:
+        """``columns``: which entries of a row are used; all if None."""
+        self._site, self._frontier, self._seed, self._columns = site, frontier, seed, columns
         self._tape, self._original = frontier.tapes
         self._starts = np.concatenate([[0], np.cumsum(sizes)]).tolist()
         plenty = min(max(_LEAST_ROWS, _PLENTY * site.unknowns), max(_LEAST_ROWS, _MANY_ROWS))
@@ -177,6 +180,7 @@ class Samples:
                     continue
                 here = places[part]
                 rows = geometry.patches(maps[part], here, out.shape[2:]).flatten(0, 1)
+                rows = rows if self._columns is None else rows[..., self._columns]
                 beside = [gathered(other[part].flatten(2), here).double().flatten(0, 1) for other in others]
                 target = ends.target(gathered(out[part].flatten(2), here).double().flatten(0, 1), beside)
                 _check(site.name, rows, target)
