@@ -75,13 +75,16 @@ class OBS(FromBatches):
             _check_all(subject, sites, left)
             tape = Tape(pair.masked, inputs.device)
             frontier = Frontier((tape, tape), inputs.leaves, _KEPT)
-            found = _Curves(Sensitivity(pair.masked, inputs, sites, self._seed))
-            with progress_bar("obs", len(sites)) as advance:
+            with progress_bar("obs", len(sites) + 2) as advance:
+                found = _Curves(Sensitivity(pair.masked, inputs, sites, self._seed))
+                advance()
                 for number, site in enumerate(sites):
                     if site.name in subject.layers:
                         found.add(site, Samples(site, frontier, inputs.sizes, self._seed + number).sums.used)
                     advance()
-            return found.scores()
+                scores = found.scores()
+                advance()
+            return scores
 
 
 def _check_all(subject: Subject, sites: list[Site], left: Mapping[str, str]) -> None:
