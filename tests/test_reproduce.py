@@ -26,7 +26,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("PIL")
 
 import upscale
-from support.classifiers import CLASSES, residual
+from support.classifiers import CLASSES, drawn_images, residual
 from support.command import in_process, interrupted, wait_until
 from upscale.cli.reproduce import HELP
 from upscale.reproduce import executors
@@ -53,15 +53,14 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     with torch.no_grad():
         model.norm.running_mean.normal_(0, 0.1)
         model.norm.running_var.uniform_(0.5, 1.5)
-    draw = np.random.default_rng(0)
-    images = draw.integers(0, 100, (60, 16, 16, 3)) + draw.integers(0, 156, (60, 1, 1, 3))
-    np.savez(tmp_path / "data.npz", images=images.astype(np.uint8), labels=np.zeros(60, dtype=np.int64))
+    images = drawn_images(60)
+    np.savez(tmp_path / "data.npz", images=images, labels=np.zeros(60, dtype=np.int64))
     seen = load_dataset(tmp_path / "data.npz", "", View(*COLOURS)).test.batch(range(60))
     with torch.no_grad():
         model.head.bias -= model(seen).mean(0)  # otherwise all images are of one class
         labels = model(seen).argmax(1)
     save_file(model.state_dict(), tmp_path / "weights.safetensors")
-    np.savez(tmp_path / "data.npz", images=images.astype(np.uint8), labels=labels.numpy())
+    np.savez(tmp_path / "data.npz", images=images, labels=labels.numpy())
     return tmp_path
 
 

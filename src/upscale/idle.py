@@ -9,6 +9,7 @@ import torch
 from torch import fx, nn
 
 from upscale.aliases import argument, is_idle_dropout
+from upscale.printing import listed
 from upscale.program import module_path
 
 _aten = torch.ops.aten
@@ -138,8 +139,3 @@ def _is_fixed(node: fx.Node) -> bool:
     names = {a.name for a in schema.arguments}
     switched_off = any(name in names and argument(node, name) is False for name in _SWITCHES)
     return switched_off and not ("dropout" in names and argument(node, "dropout") == 0)  # a plain LSTM
-
-
-def listed(paths: Sequence[str]) -> str:
-    """At most five of them, and how many more there are."""
-    return ", ".join(paths[:5]) + (f" and {len(paths) - 5} more" if len(paths) > 5 else "")

@@ -158,8 +158,8 @@ class MaskingManager:
         norms = {name: tuple(self._norms[norm] for norm in self._norms_after(name)) for name in names}
         tied = tuple(self._groups) if self._method == "constrained" else ()
         subject = Subject(self._model, self._side, layers, norms, self._example, tied)
-        self._scores = channel_scores(heuristic, subject)
         importance = find_importance(heuristic)
+        self._scores = channel_scores(importance, subject)
         self._rescaled = not getattr(importance, "compares_layers", False)
         self._by_price = getattr(importance, "measures_error", False)
         return self

@@ -17,12 +17,12 @@ from torch import fx, nn
 from upscale.aliases import argument
 from upscale.guards import fixed_size
 from upscale.importing import Imported
+from upscale.printing import listed
 
 __all__ = ["Product", "as_products", "emit_product", "product_notes", "restore_convolutions"]
 
 _aten = torch.ops.aten
 _MARK = "product"
-_MOST_NAMES = 5  # in a note
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,8 @@ def product_notes(graph: fx.Graph) -> list[str]:
     names = list(dict.fromkeys(str(weight.target).removesuffix(".weight") for weight in weights))
     if not names:
         return []
-    shown = ", ".join(names[:_MOST_NAMES]) + (f" and {len(names) - _MOST_NAMES} more" if names[_MOST_NAMES:] else "")
-    return [f"read a slice without a copy, as matrix products with their weights (no forward hooks run): {shown}"]
+    what = "read a slice without a copy, as matrix products with their weights (no forward hooks run)"
+    return [f"{what}: {listed(names)}"]
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------

@@ -9,9 +9,17 @@ from io import StringIO
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["as_text", "barrier_lines"]
+__all__ = ["as_text", "barrier_lines", "listed"]
 
 _WIDEST = 250  # characters; a table takes what it needs
+_MOST_LISTED = 5
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names for a message: the first few, and how many more there are."""
+    everything = list(names)
+    more = len(everything) - _MOST_LISTED
+    return ", ".join(everything[:_MOST_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
 def as_text(parts: Iterable[Table | str], width: int | None, widest: int = _WIDEST) -> str:

@@ -36,9 +36,13 @@ def write_files(folder: Path, count: int) -> None:
     """``w.safetensors``, weights of :class:`Residual`, and ``d.npz``, so many images with labels in turn."""
     torch.manual_seed(1)
     save_file(Residual().state_dict(), folder / "w.safetensors")
+    np.savez(folder / "d.npz", images=drawn_images(count), labels=np.arange(count) % CLASSES)
+
+
+def drawn_images(count: int) -> np.ndarray:
+    """Noise on a colour for each, uint8 (count, 16, 16, 3)."""
     draw = np.random.default_rng(0)
-    images = draw.integers(0, 100, (count, 16, 16, 3)) + draw.integers(0, 156, (count, 1, 1, 3))
-    np.savez(folder / "d.npz", images=images.astype(np.uint8), labels=np.arange(count) % CLASSES)
+    return (draw.integers(0, 100, (count, 16, 16, 3)) + draw.integers(0, 156, (count, 1, 1, 3))).astype(np.uint8)
 
 
 def residual() -> nn.Module:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..channels import Side, channel_count
 from ..errors import InputError
-from .subject import Importance, Subject, listed, without_score
+from ..printing import listed
+from .subject import Importance, Subject, without_score
 
 __all__ = ["BatchNormScale"]
 

@@ -13,9 +13,7 @@ from ..channels import Side, channel_rows
 from ..ranking import Group
 from .progress import progress_bar
 
-__all__ = ["ByWeight", "Importance", "Subject", "listed", "without_score"]
-
-_MOST_LISTED = 5
+__all__ = ["ByWeight", "Importance", "Subject", "without_score"]
 
 
 @dataclass(frozen=True)
@@ -71,13 +69,6 @@ class ByWeight(ABC):
                 found[name] = self.of(channel_rows(layer, subject.side).detach())
                 advance()
         return found
-
-
-def listed(names: Iterable[str]) -> str:
-    """Names for a message: the first few, and how many more there are."""
-    everything = list(names)
-    more = len(everything) - _MOST_LISTED
-    return ", ".join(everything[:_MOST_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
 def without_score(names: Iterable[str]) -> str:

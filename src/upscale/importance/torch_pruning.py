@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from ..channels import Side, channel_count
 from ..errors import InputError
 from ..interop.dependencies import dependency_graph, reads, writes
-from .subject import Subject, listed, without_score
+from ..printing import listed
+from .subject import Subject, without_score
 
 __all__ = ["FromTorchPruning", "is_from_torch_pruning"]
 

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from ..channels import Side, channel_count
 from ..errors import InputError, NonFiniteError
-from .subject import listed
+from ..printing import listed
 
 __all__ = ["Watch", "as_maps", "check_reached"]
 

@@ -235,7 +235,7 @@ class _Builder:
     def _product(self, node: Node, link: Link) -> ProductForm:
         """Whether a layer is a matrix product on the slice that it reads."""
         read = self.reads[node.name][link.operand.name]
-        if self.mode != "auto" or read.kind != "view":
+        if not self.setting.products or self.mode != "auto" or read.kind != "view":
             return ""
         (piece,) = read.pieces
         source = next(n for n in self.flow.nodes if n.name == piece.source)

@@ -21,7 +21,7 @@ from ..importance.progress import progress_bar
 from ..program import Program, module_path
 from .examples import Examples
 from .geometry import is_contraction
-from .outputs import Outputs
+from .outputs import Outputs, examples_of
 from .pair import Inputs, Pair
 from .segments import find_segments
 from .sites import is_frozen, writer
@@ -165,7 +165,7 @@ class _Fit:
             wanted = _values(self._theirs, leaves, self._targets)
         got = _values(self._ours, leaves, self._ends)
         if chosen is not None:
-            got, wanted = ([_of(value, chosen) for value in values] for values in (got, wanted))
+            got, wanted = ([examples_of(value, chosen) for value in values] for values in (got, wanted))
         wrong = [(g - w).square().mean() for g, w in zip(got, wanted, strict=True)]
         return wrong, [w.var(correction=0).clamp_min(torch.finfo(w.dtype).tiny) for w in wanted]
 
@@ -174,10 +174,6 @@ def _values(tape: Tape, leaves: Sequence[Tensor], ends: Sequence[fx.Node]) -> li
     state = tape.start(leaves)
     tape.advance(state, tape.nodes[-1], keep=ends)
     return [state.values[node] for node in ends]
-
-
-def _of(value: Tensor, chosen: Tensor) -> Tensor:
-    return value[chosen.to(value.device)] if value.dim() and len(value) == len(chosen) else value
 
 
 def _moved(leaves: Sequence[Tensor], generator: torch.Generator) -> Sequence[Tensor]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from .moments import Moments
 from .norms import affine_of
 from .report import LayerRepair
-from .samples import Samples, Solution, Sums
+from .samples import ALL, Samples, Solution, Sums
 from .sites import Site
 from .solve import changes
 from .tape import Frontier, Tape
@@ -60,8 +60,9 @@ def repair_layer(
         errors = [float((error * importance).sum()) for error in samples.errors(tried)]
     best = min(range(len(tried)), key=errors.__getitem__)
     if best:
-        whole[..., columns] = tried[best].weight
-        _write(site, whole, tried[best].shift - present.shift)
+        solved = torch.zeros_like(whole)
+        solved[..., columns] = tried[best].weight
+        _write(site, solved, tried[best].shift - present.shift)
     relative = errors[0] / scale, errors[best] / scale
     unknowns = int(kept.sum(2).max()) + (site.shift is not None)
     return LayerRepair(site.name, *relative, ridge if best else None, sums.used.count, unknowns)
@@ -103,10 +104,10 @@ class _Fit:
         return float((sums.held.error(solution.weight, solution.shift) * self.importance).sum())
 
 
-def _used(rows: Tensor) -> Tensor:
+def _used(rows: Tensor) -> Tensor | slice:
     """The columns that any output keeps: nothing has to be known of the others. All if there are none."""
-    used = torch.nonzero((rows != 0).any(0).any(0)).flatten()
-    return used if len(used) else torch.arange(rows.shape[2], device=rows.device)
+    used = (rows != 0).any(0).any(0)
+    return ALL if bool(used.all()) or not bool(used.any()) else torch.nonzero(used).flatten()
 
 
 def _present_bias(site: Site) -> Tensor | float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -13,8 +13,9 @@ from torch import Tensor
 from ..errors import InputError
 from ..importance.batches import FromBatches, checked_batches
 from ..importance.progress import progress_bar
-from ..importance.subject import Subject, listed, without_score
+from ..importance.subject import Subject, without_score
 from ..observe import quietly_evaluated
+from ..printing import listed
 from .curve import along, increments
 from .eliminate import Path, eliminate
 from .moments import Moments
@@ -100,12 +101,10 @@ def _check_all(subject: Subject, sites: list[Site], left: Mapping[str, str]) -> 
 
 @dataclass(frozen=True, eq=False)
 class _Removed:
-    """A layer's path, and its changes after some of the removals; ``energy``: of what it writes, if only that is known
-    to matter."""
+    """All channels of a layer, removed one by one, and the layer's changes after so many of the removals."""
 
     path: Path
     changes: dict[int, Change]
-    energy: float | None
 
 
 class _Curves:
@@ -119,7 +118,11 @@ class _Curves:
 
     def add(self, site: Site, moments: Moments) -> None:
         """One more layer; ``moments``: of what it reads and writes."""
-        removed = _removed(site, moments, self._factors.get(site.name))
+        factors = self._factors.get(site.name)
+        if factors is None:
+            self._found[site.name] = _scores_of_itself(site, moments)
+            return
+        removed = _removed(site, moments, factors)
         self._pending[site.name] = removed
         self._held += sum(change.weight.nbytes for change in removed.changes.values())
         if self._held > _CHANGES:
@@ -127,36 +130,43 @@ class _Curves:
 
     def scores(self) -> dict[str, Tensor]:
         """Of all layers, by channel: float64, on the CPU."""
-        self._estimate()
+        if self._pending:
+            self._estimate()
         return self._found
 
     def _estimate(self) -> None:
-        asked = {name: list(one.changes.values()) for name, one in self._pending.items() if one.energy is None}
-        errors = self._sensitivity.errors(asked) if asked else {}
+        errors = self._sensitivity.errors({name: list(one.changes.values()) for name, one in self._pending.items()})
         for name, one in self._pending.items():
-            costs = one.path.costs.numpy()
-            curve = (
-                _of_itself(costs, one.energy) if name not in errors else along(costs, list(one.changes), errors[name])
-            )
-            scores = torch.empty(len(costs), dtype=torch.float64)
-            scores[one.path.order] = torch.from_numpy(increments(curve))
-            self._found[name] = scores
+            curve = along(one.path.costs.numpy(), list(one.changes), errors[name])
+            self._found[name] = _by_channel(one.path, curve)
         self._pending, self._held = {}, 0
 
 
-def _of_itself(costs: np.ndarray, energy: float | None) -> np.ndarray:
-    """The error of what a layer writes, relative to it; none if that never changes."""
-    return np.cumsum(costs) / energy if energy else np.zeros_like(costs)
+def _by_channel(path: Path, curve: np.ndarray) -> Tensor:
+    """Scores from the error after each removal."""
+    scores = torch.empty(len(curve), dtype=torch.float64)
+    scores[path.order.cpu()] = torch.from_numpy(increments(curve))
+    return scores
 
 
-def _removed(site: Site, moments: Moments, factors: Tensor | None) -> _Removed:
-    """All channels of a layer, removed one by one; ``factors``: how much the error of each output counts."""
+def _problem(site: Site, moments: Moments) -> tuple[Tensor, Tensor, int]:
+    """A layer's weight as rows, the Gram matrix of what it reads, and the size of its window."""
     rows = site.geometry.rows_of(site.weight.detach()).double()
-    gram = moments.regression(rows, site.shift is not None).gram
-    window = math.prod(site.geometry.window)
-    if factors is None:
-        energy = float(((rows @ gram) * rows).sum())
-        return _Removed(eliminate(gram, rows, window, torch.ones_like(rows[..., 0])), {}, energy)
+    return rows, moments.regression(rows, site.shift is not None).gram, math.prod(site.geometry.window)
+
+
+def _scores_of_itself(site: Site, moments: Moments) -> Tensor:
+    """By the error of what the layer writes, relative to that; none if it never changes."""
+    rows, gram, window = _problem(site, moments)
+    path = eliminate(gram, rows, window, torch.ones_like(rows[..., 0]))
+    energy = float(((rows @ gram) * rows).sum())
+    costs = path.costs.numpy()
+    return _by_channel(path, np.cumsum(costs) / energy if energy else np.zeros_like(costs))
+
+
+def _removed(site: Site, moments: Moments, factors: Tensor) -> _Removed:
+    """``factors``: how much the error of each output counts."""
+    rows, gram, window = _problem(site, moments)
     channels = len(gram) * (gram.shape[1] // window)
     counts = sorted({math.ceil(share * channels) for share in _SHARES})
     path = eliminate(gram, rows, window, factors.view(rows.shape[:2]).to(rows), counts)
@@ -168,4 +178,4 @@ def _removed(site: Site, moments: Moments, factors: Tensor | None) -> _Removed:
             shift = -(change @ (moments.x / moments.count).unsqueeze(2)).squeeze(2)
         changed = site.geometry.weight_of(change, site.weight.shape).to(site.weight.dtype)
         changes[count] = Change(changed, shift.flatten())
-    return _Removed(Path(path.order.cpu(), path.costs, {}), changes, None)
+    return _Removed(replace(path, weights={}), changes)

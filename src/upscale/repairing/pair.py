@@ -17,7 +17,16 @@ from ..importance.batches import call_of
 from ..program import Program, where
 from ..signature import Argument, bind
 
-__all__ = ["Inputs", "Pair", "capture_pair", "check_order", "check_same_layers", "collect", "paired_with_itself"]
+__all__ = [
+    "Inputs",
+    "Pair",
+    "batch_size",
+    "capture_pair",
+    "check_order",
+    "check_same_layers",
+    "collect",
+    "paired_with_itself",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +67,7 @@ def collect(model: nn.Module, batches: Any, title: str = "repair") -> Inputs:
         elif here != arguments:
             raise InputError(f"batch {number} is not built like batch 0: other arguments, or other values in them")
         found.append(tuple(leaf.detach() for leaf in leaves))
-        sizes.append(next((leaf.shape[0] for leaf in leaves if leaf.dim()), 1))
+        sizes.append(batch_size(leaves))
     if first is None:
         raise InputError(f"{title}: there are no batches (a generator can be used only once)")
     if sum(sizes) < 2:
@@ -109,6 +118,11 @@ def _moved(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
         lambda leaf: leaf.to(inputs.device) if isinstance(leaf, Tensor) else leaf, inputs.first
     )
     return args, kwargs
+
+
+def batch_size(leaves: Sequence[Tensor]) -> int:
+    """How many examples a call has."""
+    return next((leaf.shape[0] for leaf in leaves if leaf.dim()), 1)
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -17,8 +17,10 @@ from .norms import Affine, affine_of
 from .sites import Call, Site
 from .tape import Frontier, State
 
-__all__ = ["HELD_OUT", "Samples", "Solution", "Sums", "is_held_out"]
+__all__ = ["ALL", "HELD_OUT", "Samples", "Solution", "Sums", "is_held_out"]
 
+#: All entries of a row.
+ALL = slice(None)
 #: Every eighth example is held out: none of it is used in a regression, and what is kept is judged by it.
 HELD_OUT = 8
 # Rows of a regression: as many for each unknown as are plenty, between a least and a number above which they are dear,
@@ -73,9 +75,9 @@ class Samples:
     examples are put into batches changes nothing, and neither does going over them again."""
 
     def __init__(
-        self, site: Site, frontier: Frontier, sizes: Sequence[int], seed: int, columns: Tensor | None = None
+        self, site: Site, frontier: Frontier, sizes: Sequence[int], seed: int, columns: Tensor | slice = ALL
     ) -> None:
-        """``columns``: which entries of a row are used; all if None."""
+        """``columns``: which entries of a row are used."""
         self._site, self._frontier, self._seed, self._columns = site, frontier, seed, columns
         self._tape, self._original = frontier.tapes
         self._starts = np.concatenate([[0], np.cumsum(sizes)]).tolist()
@@ -179,8 +181,7 @@ class Samples:
                 if not len(part):
                     continue
                 here = places[part]
-                rows = geometry.patches(maps[part], here, out.shape[2:]).flatten(0, 1)
-                rows = rows if self._columns is None else rows[..., self._columns]
+                rows = geometry.patches(maps[part], here, out.shape[2:]).flatten(0, 1)[..., self._columns]
                 beside = [gathered(other[part].flatten(2), here).double().flatten(0, 1) for other in others]
                 target = ends.target(gathered(out[part].flatten(2), here).double().flatten(0, 1), beside)
                 _check(site.name, rows, target)

@@ -19,7 +19,7 @@ from ..program import Program, run
 from .examples import Examples
 from .geometry import batch_dim
 from .outputs import examples_of
-from .pair import Inputs
+from .pair import Inputs, batch_size
 from .sites import Site, bias_node, weight_node
 from .tape import State, Tape
 
@@ -61,7 +61,7 @@ class Sensitivity:
         self._examples, self._device, self._seed = Examples(program, inputs), inputs.device, seed
         (output,) = (node for node in program.graph.nodes if node.op == "output")
         self._outputs: list[Any] = list(output.args[0])
-        self._scales = self._output_scales()
+        self._held, self._scales = self._output_scales()
 
     def factors(self) -> dict[str, Tensor]:
         """For each layer how much the mean square of each output's error counts, (outputs,) in float64, if errors at
@@ -111,8 +111,7 @@ class Sensitivity:
     def _passes(self) -> Iterator[tuple[int, list[_Derivative]]]:
         """For each part of the examples how many count, and the derivatives; several times where there are few."""
         generator = torch.Generator().manual_seed(self._seed)
-        total = sum(_count(leaves, chosen) for leaves, chosen in self._examples.held(_EXAMPLES))
-        for _ in range(min(_MOST_DRAWS, math.ceil(_DRAWS / max(1, total)))):
+        for _ in range(min(_MOST_DRAWS, math.ceil(_DRAWS / max(1, self._held)))):
             taken = 0
             for leaves, chosen in self._examples.held(_EXAMPLES):
                 yield _count(leaves, chosen), self._derivatives(leaves, chosen, generator)
@@ -146,9 +145,9 @@ class Sensitivity:
             return drawn
         return drawn * chosen.to(output.device).view(-1, *[1] * (output.dim() - 1))
 
-    def _output_scales(self) -> dict[int, float]:
-        """For each output that is real and varies, the root of its sum of squares about the mean in an example, times
-        the root of their number."""
+    def _output_scales(self) -> tuple[int, dict[int, float]]:
+        """How many examples are held out; for each output that is real and varies, the root of its sum of squares about
+        the mean in an example, times the root of their number."""
         parts: dict[int, list[Tensor]] = {}
         examples = 0
         for leaves, chosen in self._examples.held(_EXAMPLES):
@@ -160,7 +159,8 @@ class Sensitivity:
         values = {number: torch.cat(some) for number, some in parts.items()}
         squares = {number: float((y - y.mean()).square().sum()) for number, y in values.items() if len(y)}
         varying = {number: total for number, total in squares.items() if 0 < total < math.inf}
-        return {number: math.sqrt(total / examples * len(varying)) for number, total in varying.items()}
+        scales = {number: math.sqrt(total / examples * len(varying)) for number, total in varying.items()}
+        return examples, scales
 
     def _moved(self, leaves: Sequence[Tensor]) -> list[Tensor]:
         return [leaf.to(self._device) for leaf in leaves]
@@ -204,6 +204,4 @@ class _Differentiated(Tape):
 
 def _count(leaves: Sequence[Tensor], chosen: Tensor | None) -> int:
     """How many examples count."""
-    if chosen is not None:
-        return int(chosen.sum())
-    return next((leaf.shape[0] for leaf in leaves if leaf.dim()), 1)
+    return batch_size(leaves) if chosen is None else int(chosen.sum())
