@@ -4,10 +4,14 @@
 
 Masks are on the input side: ``l2`` (every layer loses the same share), ``obs`` (the same, by ``upscale.OBS``) or
 ``global`` (OBS, all layers ranked together). Calibration is without labels: on CIFAR-10 the first 1,024
-``calib_images``, which are training images; on ImageNet, where the data has one image of each class and no others, the
-images of even number (500), and the test is on those of odd number. Elsewhere the test set is whole. Rows are added to
-``docs/accuracy/repair.csv`` one by one, and what is there is not measured again; ``docs/accuracy/repair.md`` is written
-from all of them. Times are those of the masks and of the repair alone, on one thread."""
+``calib_images``, which are training images, and the test set is whole. ImageNet's data has one image of each class
+and no others, so there are two ways: ``--imagenet mirrored`` calibrates on all 1,000 and tests on the same images
+mirrored; ``--imagenet unseen`` calibrates on those of even number (500) and tests on those of odd number, so that no
+class that is tested was among the calibration images.
+
+Rows are added to ``docs/accuracy/repair.csv`` one by one, and what is there is not measured again;
+``docs/accuracy/repair.md`` is written from all of them. Times are those of the masks and of the repair alone, on one
+thread."""
 
 from __future__ import annotations
 
@@ -40,17 +44,20 @@ AMOUNTS = (0.1, 0.25, 0.5)
 METHODS: tuple[Method, ...] = ("constrained", "unconstrained")
 MASKS = ("l2", "obs", "global")
 TITLES = {"l2": "L2", "obs": "OBS", "global": "OBS, global"}
+TESTED: dict[Tested, str] = {"whole": "whole test set", "mirrored": "mirrored", "unseen": "unseen classes"}
 OUT = ROOT / "docs" / "accuracy"
 _CALIBRATION = 1024
 _BATCH = {32: 128, 224: 25}  # by size of the image
 
 Masks = Literal["l2", "obs", "global"]
+#: ``whole``: CIFAR-10's test set.
+Tested = Literal["whole", "mirrored", "unseen"]
 
 
 @dataclass(frozen=True)
 class Case:
-    """How a network is masked and repaired. ``asked``: ``"amount"`` or ``"flops"``, of which ``share``; ``steps``: of
-    the fit of blocks, 0 for regressions alone; ``calibration``: images."""
+    """How a network is masked, repaired and tested. ``asked``: ``"amount"`` or ``"flops"``, of which ``share``;
+    ``steps``: of the fit of blocks, 0 for regressions alone; ``calibration``: images."""
 
     network: str
     masks: Masks
@@ -59,6 +66,7 @@ class Case:
     share: float
     steps: int
     calibration: int
+    tested: Tested
 
 
 @dataclass(frozen=True)
@@ -80,25 +88,28 @@ class Row(Case):
         return Case(*(getattr(self, entry.name) for entry in fields(Case)))
 
 
-def calibration(name: str, count: int | None = None) -> list[Tensor]:
-    """Batches of the first ``count`` images, without labels, none of which are among those of :func:`tested`."""
+def calibration(name: str, on: Tested, count: int | None = None) -> list[Tensor]:
+    """Batches of the first ``count`` images, without labels. Whether they are among those of :func:`tested`: see
+    above."""
     net = NETS[name]
-    if net.dataset == "cifar10":
+    if on == "whole":
         data = load_dataset(shared() / "data", net.recipe.data, net.recipe.view).calibration
         assert data is not None
         images = data.first(_CALIBRATION)
     else:
         images = test_set(name)
-        images = images.of(range(0, len(images), 2))
+        images = images.of(range(0, len(images), 2)) if on == "unseen" else images
     images = images if count is None else images.first(count)
     step = _BATCH[net.size]
     return [images.batch(range(start, min(start + step, len(images)))) for start in range(0, len(images), step)]
 
 
-def tested(name: str) -> Images:
-    """The whole test set; of ImageNet the images that are not for calibration."""
+def tested(name: str, on: Tested) -> Images:
+    """The images that are tested on."""
     images = test_set(name)
-    return images if NETS[name].dataset == "cifar10" else images.of(range(1, len(images), 2))
+    if on == "mirrored":
+        return images.mirrored()
+    return images if on == "whole" else images.of(range(1, len(images), 2))
 
 
 def measured(dense: nn.Module, batches: list[Tensor], images: Images, before: float, case: Case) -> Row:
@@ -163,33 +174,38 @@ def page(rows: Sequence[Row]) -> str:
         "measured. Nothing is trained and no label is seen. *Masked* and *repaired* are top-1 in percent, *FLOPs* what "
         "the exported network has left of them. *L2*: every layer loses the same share. *OBS*: the same, by "
         "`upscale.OBS`. *OBS, global*: all layers ranked together by what the outputs lose; for a budget, by that "
-        "over what a channel costs.\n"
+        "over what a channel costs. *Unseen classes*: no class that is tested was among the calibration images; "
+        "*mirrored*: tested are the calibration images, mirrored.\n"
     ]
     parts.append(f"## Repaired by ridge regression\n\n{summary(rows)}")
     for name in dict.fromkeys(row.network for row in rows):
         mine = sorted((row for row in rows if row.network == name), key=_order)
-        first = mine[0]
-        parts.append(f"## {NETS[name].title}\n\nDense: {first.dense:.2f} on {first.images:,} images.\n")
-        header = ["asked", "masks", "method", "repair", "images", "FLOPs", "masked", "repaired", "lost"]
+        parts.append(f"## {NETS[name].title}\n\n{_dense(mine)}\n")
+        header = ["asked", "masks", "method", "repair", "images", "tested on", "FLOPs", "masked", "repaired", "lost"]
         parts.append(table(header, map(_line, mine)))
     return "\n".join(parts)
 
 
+def _dense(rows: Sequence[Row]) -> str:
+    found = dict.fromkeys((row.tested, row.dense, row.images) for row in rows)
+    return "Dense: " + ", ".join(f"{dense:.2f} on {count:,} images ({TESTED[on]})" for on, dense, count in found) + "."
+
+
 def summary(rows: Sequence[Row]) -> str:
-    """Top-1 after ridge regression alone: a line for each network and way of masking, a column for each share."""
+    """Top-1 after ridge regression alone: a line for each network, test and way of masking, a column for each share."""
     plain = [row for row in rows if not row.steps]
     asked = sorted(
         {(row.asked, row.share) for row in plain}, key=lambda one: (one[0], one[1] * (-1) ** (one[0] == "flops"))
     )
     lines = []
-    for name in dict.fromkeys(row.network for row in plain):
-        for masks, method in itertools.product(MASKS, METHODS):
-            mine = {(r.asked, r.share): r for r in plain if (r.network, r.masks, r.method) == (name, masks, method)}
-            if mine:
-                first = next(iter(mine.values()))
-                cells = [f"{mine[one].repaired:.1f}" if one in mine else "" for one in asked]
-                lines.append([NETS[name].title, TITLES[masks], method, f"{first.dense:.1f}", *cells])
-    return table(["network", "masks", "method", "dense", *(_asked(*one) for one in asked)], lines)
+    for key in itertools.product(dict.fromkeys(row.network for row in plain), TESTED, MASKS, METHODS):
+        name, on, masks, method = key
+        mine = {(r.asked, r.share): r for r in plain if (r.network, r.tested, r.masks, r.method) == key}
+        if mine:
+            dense = next(iter(mine.values())).dense
+            cells = [f"{mine[one].repaired:.1f}" if one in mine else "" for one in asked]
+            lines.append([NETS[name].title, TESTED[on], TITLES[masks], method, f"{dense:.1f}", *cells])
+    return table(["network", "tested on", "masks", "method", "dense", *(_asked(*one) for one in asked)], lines)
 
 
 def _asked(asked: str, share: float) -> str:
@@ -197,24 +213,25 @@ def _asked(asked: str, share: float) -> str:
 
 
 def _order(row: Row) -> tuple[Any, ...]:
-    return row.asked, row.share, row.steps, MASKS.index(row.masks), row.method, row.calibration
+    return row.tested, row.asked, row.share, row.steps, MASKS.index(row.masks), row.method, row.calibration
 
 
 def _line(row: Row) -> list[str]:
     repair = f"{row.steps} steps on blocks" if row.steps else "ridge"
     numbers = [f"{row.flops:.3f}", f"{row.masked:.2f}", f"{row.repaired:.2f}", f"{row.dense - row.repaired:.2f}"]
-    return [_asked(row.asked, row.share), TITLES[row.masks], row.method, repair, str(row.calibration), *numbers]
+    how = [TITLES[row.masks], row.method, repair, str(row.calibration), TESTED[row.tested]]
+    return [_asked(row.asked, row.share), *how, *numbers]
 
 
 # -- the command ------------------------------------------------------------------------------------------------------
 
 
-def cases(name: str, chosen: argparse.Namespace, count: int) -> Iterator[Case]:
+def cases(name: str, chosen: argparse.Namespace, count: int, on: Tested) -> Iterator[Case]:
     """What is asked for of one network."""
     shares = [("amount", amount) for amount in chosen.amounts] + [("flops", left) for left in chosen.flops]
     steps = chosen.steps if chosen.blockwise else 0
     for (asked, share), masks, method in itertools.product(shares, chosen.masks, chosen.methods):
-        yield Case(name, masks, method, asked, share, steps, count)
+        yield Case(name, masks, method, asked, share, steps, count, on)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -225,6 +242,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--masks", nargs="+", choices=list(MASKS), default=["l2", "global"])
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--blockwise", action="store_true", help="fit blocks after the regressions")
+    parser.add_argument("--imagenet", choices=["mirrored", "unseen"], default="mirrored", help="see above")
     parser.add_argument("--calibration", type=int, help="calibrate on the first images only")
     parser.add_argument("--steps", type=int, default=BLOCK_STEPS, help="of the fit of blocks")
     parser.add_argument("--limit", type=int, help="test on the first images only; nothing is written")
@@ -234,10 +252,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         missing = why_missing(name)
         if missing:
             raise SystemExit(missing)
-        dense, batches, images = load(name), calibration(name, chosen.calibration), tested(name)
+        on: Tested = "whole" if NETS[name].dataset == "cifar10" else chosen.imagenet
+        dense, batches, images = load(name), calibration(name, on, chosen.calibration), tested(name, on)
         images = images if chosen.limit is None else images.first(chosen.limit)
         done = set() if chosen.limit else {row.case for row in written()}
-        todo = [case for case in cases(name, chosen, sum(map(len, batches))) if case not in done]
+        todo = [case for case in cases(name, chosen, sum(map(len, batches)), on) if case not in done]
         before = accuracy(f"{name} dense", dense, images) if todo else 0.0
         for case in todo:
             row = measured(dense, batches, images, before, case)

@@ -74,6 +74,10 @@ class Images:
         places = list(chosen)
         return Images(lambda i: self._pixels(places[i]), self.labels[places], self.view)
 
+    def mirrored(self) -> Images:
+        """The same images, left and right exchanged."""
+        return Images(lambda i: self._pixels(i)[:, ::-1], self.labels, self.view)
+
     def decoded(self) -> Images:
         """The same images, all decoded now: for images that are looked at again and again."""
         found = [self._pixels(i) for i in range(len(self))]
