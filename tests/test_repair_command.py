@@ -147,7 +147,7 @@ def test_one_command_writes_both_and_an_older_table_goes_on(
     assert command(*common, "--amounts", ".5", "--methods", "unconstrained,constrained") == 0
     file = Path("out/rows.csv")
     with file.open(newline="") as lines:
-        older = [line[:-2] for line in csv.reader(lines)]  # from before there were repaired rows
+        older = [line[:-3] for line in csv.reader(lines)]  # from before there were repaired rows
     with file.open("w", newline="") as lines:
         csv.writer(lines).writerows(older)
     capsys.readouterr()

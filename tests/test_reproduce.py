@@ -300,6 +300,8 @@ MISTAKES = [
     (("--amounts", "0,1"), "--amounts: 0 must be more than 0"),
     (("--importance", "l3"), "--importance: 'l3' is none of l1, l2"),
     (("--methods", "free"), "--methods: 'free' is none of unconstrained"),
+    (("--ranking", "even,everywhere"), "--ranking: 'everywhere' is none of even, global"),
+    (("--ranking", ","), "--ranking needs a value"),
     (("--sides", "both"), "--sides: 'both' is none of input, output"),
     (("--images", "1"), "--images: '1' must be all, or a whole number of at least 2"),
     (("--mean", "1,2"), "--mean: '1,2' must be three numbers"),

@@ -15,7 +15,7 @@ from rich.console import Console
 from ..reproduce.executors import EXECUTORS
 from ..reproduce.images import DataError
 from ..reproduce.models import KNOWN, ModelError, find_recipe, find_weights, shared
-from ..reproduce.rows import IMPORTANCES, METHODS, RIDGE, Row, Source, read_rows
+from ..reproduce.rows import EVEN, IMPORTANCES, METHODS, RANKINGS, RIDGE, Row, Source, read_rows
 from ..reproduce.run import combinations, left, plan_jobs, sweep
 from ..reproduce.show import gains_table, line, table
 from ..reproduce.worker import Job, check
@@ -51,13 +51,22 @@ Amounts = Annotated[
     typer.Option(
         "--amounts",
         metavar="SHARE,...",
-        help="Shares of each layer's channels: numbers, or first:last:step.",
+        help="Shares of the channels: numbers, or first:last:step.",
         rich_help_panel=_WHAT,
     ),
 ]
 Sides = Annotated[list[str], typer.Option("--sides", metavar="NAME,...", help="input, output.", rich_help_panel=_WHAT)]
 Methods = Annotated[
     list[str], typer.Option("--methods", metavar="NAME,...", help=", ".join(METHODS) + ".", rich_help_panel=_WHAT)
+]
+Rankings = Annotated[
+    list[str],
+    typer.Option(
+        "--ranking",
+        metavar="NAME,...",
+        help="even: the same share of each layer; global: rank all layers together.",
+        rich_help_panel=_WHAT,
+    ),
 ]
 Data = Annotated[
     Path | None,
@@ -95,6 +104,7 @@ How accurate is a pruned network? Mask, export, verify, evaluate and time every 
 Examples:
   upscale reproduce --models resnet20 --importance l2 --amounts .1,.25 --repair --calibration 1024
   upscale reproduce --models resnet50 --weights resnet50.pth --data photos/ --importance l2,lamp
+  upscale reproduce --models resnet56 --importance obs --ranking even,global --repair --calibration 1024
   upscale reproduce --models mynets:small --weights small.safetensors --data images.npz --size 64 --methods contiguous
 
 Nothing is downloaded. Networks of the table ({", ".join(KNOWN)}) know their weights' file, images and size; weights and
@@ -105,6 +115,10 @@ A row is the exported model's: top-1 on the images, parameters, FLOPs, and laten
 network, timed in turns in processor time of one thread (combinations run beside each other). A model whose output
 differs from the masked model's is a failure, not a row. OUT has the table (rows.csv), a picture for each network and
 their average, and summary.md: what unconstrained masks gain at equal amount, equal FLOPs and equal latency.
+
+With --ranking global the amount is a share of all layers' channels together, and the lowest go wherever they are.
+Scores of obs and lamp compare between layers as they are; each layer's scores of another kind are divided by their root
+mean square first. Gains are between masks of one ranking.
 
 Stop at any time (Ctrl-C) and run the same command again to go on; what other commands wrote to OUT stays there, and is
 in its pictures and summary.
@@ -120,6 +134,7 @@ def reproduce(
     amounts: Amounts = [".05:.5:.05"],  # noqa: B006
     sides: Sides = ["input"],  # noqa: B006
     methods: Methods = ["unconstrained,constrained"],  # noqa: B006
+    ranking: Rankings = [EVEN],  # noqa: B006
     repair: Repair = False,
     data: Data = None,
     weights: Weights = None,
@@ -142,6 +157,7 @@ def reproduce(
         listed("--methods", methods, one_of(METHODS)),
         sorted({share for group in listed("--amounts", amounts, shares) for share in group}),
         ("", RIDGE) if repair else ("",),
+        listed("--ranking", ranking, one_of(RANKINGS)),
     )
     _check_executor(executor)
     view = (colours("--mean", mean), colours("--std", std), size)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .rows import DENSE, Row
+from .rows import DENSE, Row, described
 
 __all__ = ["AXES", "Curve", "Gain", "curves", "gain", "gains", "mean_gain"]
 
@@ -19,19 +19,20 @@ AXES = {"amount": 0.0, "flops_left": 1.0, "latency_left": 1.0}
 @dataclass(frozen=True)
 class Curve:
     """Accuracy of one network masked in one way, by amount. ``points``: rows with an accuracy, the dense one first.
-    ``repair``: what was done after masking, see :attr:`Row.repair`."""
+    ``repair``: what was done after masking, see :attr:`Row.repair`. ``ranking``: see :class:`Combination`."""
 
     model: str
     importance: str
     side: str
     method: str
     repair: str
+    ranking: str
     points: tuple[Row, ...]
 
     @property
     def way(self) -> str:
-        """The method, with the repair if there was one."""
-        return f"{self.method} + {self.repair}" if self.repair else self.method
+        """The method, with the ranking if it was another than usual, and the repair if there was one."""
+        return described(self.method, self.ranking, repair=self.repair)
 
     @property
     def dense(self) -> float:
@@ -55,19 +56,13 @@ def _place(row: Row, axis: str) -> float:
 def curves(rows: Sequence[Row]) -> list[Curve]:
     """The curves of networks whose dense accuracy is known, in order of appearance."""
     dense = {row.group: row for row in rows if row.method == DENSE and row.top1 is not None}
-    found: dict[tuple[Any, ...], list[Row]] = {}
+    found: dict[tuple[tuple[Any, ...], str, str, str, str, str], list[Row]] = {}
     for row in rows:
         if row.method != DENSE and row.top1 is not None and row.group in dense:
-            found.setdefault((row.group, row.importance, row.side, row.method, row.repair), []).append(row)
+            how = (row.group, row.importance, row.side, row.method, row.repair, row.ranking)
+            found.setdefault(how, []).append(row)
     return [
-        Curve(
-            points[0].model,
-            how[1],
-            how[2],
-            how[3],
-            how[4],
-            (dense[how[0]], *sorted(points, key=lambda row: row.amount)),
-        )
+        Curve(points[0].model, *how[1:], (dense[how[0]], *sorted(points, key=lambda row: row.amount)))
         for how, points in found.items()
     ]
 
@@ -86,9 +81,10 @@ class Gain:
 
 
 def gains(found: Sequence[Curve], better: str, other: str = "constrained") -> list[Gain]:
-    """The gain of one method over another, both repaired alike, for each network, importance and side that has both."""
-    by = {(c.points[0].group, c.importance, c.side, c.repair, c.method): c for c in found}
-    pairs = (((*key[:4], other), curve) for key, curve in by.items() if key[4] == better)
+    """The gain of one method over another, both ranked and repaired alike, for each network, importance and side that
+    has both."""
+    by = {(c.points[0].group, c.importance, c.side, c.ranking, c.repair, c.method): c for c in found}
+    pairs = (((*key[:-1], other), curve) for key, curve in by.items() if key[-1] == better)
     return [gain(curve, by[key]) for key, curve in pairs if key in by]
 
 

@@ -1,4 +1,4 @@
-"""Pictures of the accuracy table: accuracy against amount, FLOPs and latency, by importance and method."""
+"""Pictures of the accuracy table: accuracy against amount, FLOPs and latency, by importance, ranking and method."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from ..files import replacing
 from .gains import AXES, Curve, curves
-from .rows import METHODS, Row
+from .rows import METHODS, Row, ranked
 
 __all__ = ["write_plots"]
 
@@ -31,7 +31,7 @@ _COLOURS = 48  # of a picture
 _GRID = 41  # places of an average curve
 
 Line = tuple[np.ndarray, np.ndarray]
-Panel = tuple[str, str, str]  # importance, method, repair
+Panel = tuple[str, str, str]  # title (importance and ranking), method, repair
 
 
 def write_plots(folder: Path, rows: Sequence[Row]) -> list[Path]:
@@ -76,7 +76,8 @@ def _safe(name: str) -> str:
 
 
 def _panel_of(curve: Curve) -> Panel:
-    return curve.importance, curve.method, curve.repair
+    title = ", ".join(filter(None, (curve.importance, ranked(curve.ranking))))
+    return title, curve.method, curve.repair
 
 
 def _along(curve: Curve) -> dict[str, Line]:
@@ -84,7 +85,7 @@ def _along(curve: Curve) -> dict[str, Line]:
 
 
 def _averages(found: Sequence[Curve], models: int) -> dict[Panel, dict[str, Line]]:
-    """By importance, method and repair, the mean of the networks' relative accuracies, where all networks have some."""
+    """By panel, the mean of the networks' relative accuracies, where all networks have some."""
     averages = {}
     for key in dict.fromkeys(map(_panel_of, found)):
         some = [curve for curve in found if _panel_of(curve) == key]
@@ -104,15 +105,15 @@ def _draw(path: Path, title: str, lines: Mapping[Panel, Mapping[str, Line]], den
     from matplotlib import pyplot
     from PIL import Image
 
-    importances = list(dict.fromkeys(importance for importance, _, _ in lines))
+    titles = list(dict.fromkeys(title for title, _, _ in lines))
     ways = [(method, repair) for repair in dict.fromkeys(repair for _, _, repair in lines) for method in METHODS]
-    down = max(1, len(importances))
+    down = max(1, len(titles))
     figure, axes = pyplot.subplots(down, len(AXES), figsize=(12, 1.1 + 2.5 * down), squeeze=False, sharey=True)
-    for row, importance in zip(axes, importances, strict=False):
-        here = {key[1:]: line for key, line in lines.items() if key[0] == importance}
+    for row, name in zip(axes, titles, strict=False):
+        here = {key[1:]: line for key, line in lines.items() if key[0] == name}
         for panel, axis in zip(row, AXES, strict=True):
             _panel(panel, axis, {way: here[way][axis] for way in ways if way in here}, dense)
-        row[0].set_ylabel(importance, fontweight="bold")
+        row[0].set_ylabel(name, fontweight="bold")
     for panel, axis in zip(axes[-1], AXES, strict=True):
         panel.set_xlabel(_LABELS[axis])
     handles: dict[str, Any] = {}

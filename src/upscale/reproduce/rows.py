@@ -11,20 +11,26 @@ from ..zoo.table import read_table, write_table
 
 __all__ = [
     "DENSE",
+    "EVEN",
+    "GLOBAL",
     "IMPORTANCES",
     "METHODS",
+    "RANKINGS",
     "RIDGE",
     "Combination",
     "Row",
     "Source",
     "blank",
+    "described",
     "merged",
+    "ranked",
     "read_rows",
     "write_rows",
 ]
 
 DENSE = "dense"
 METHODS = ("unconstrained", "constrained", "contiguous")
+EVEN, GLOBAL = RANKINGS = ("even", "global")
 RIDGE = "ridge"
 IMPORTANCES = ("l1", "l2", "lamp", "fpgm", "hrank", "bn_scale", "activation", "obs", "random")
 
@@ -57,20 +63,33 @@ class Source:
 
 @dataclass(frozen=True)
 class Combination:
-    """How a network is masked. ``amount``: share of each layer's channels; 0, with ``DENSE`` for the method: not.
-    ``repaired``: "ridge" where :func:`upscale.repair` then fits what is left, "" where it does not."""
+    """How a network is masked. ``amount``: share of the channels; 0, with ``DENSE`` for the method: not masked.
+    ``repaired``: "ridge" where :func:`upscale.repair` then fits what is left, "" where it does not. ``ranking``: "even"
+    where each layer loses that share of its own, "global" where all layers' channels are ranked together."""
 
     importance: str = ""
     side: str = "input"
     method: str = DENSE
     amount: float = 0.0
     repaired: str = ""
+    ranking: str = EVEN
 
     def __str__(self) -> str:
         if not self.amount:
             return DENSE
-        more = f" + {self.repaired}" if self.repaired else ""
-        return f"{self.importance} {self.side} {self.method}{more} {100 * self.amount:g} %"
+        how = described(self.method, self.ranking, repair=self.repaired)
+        return f"{self.importance} {self.side} {how} {100 * self.amount:g} %"
+
+
+def ranked(ranking: str) -> str:
+    """The ranking in titles, which do not tell what is usual: "global", or ""."""
+    return ranking if ranking != EVEN else ""
+
+
+def described(method: str, ranking: str, side: str = "", repair: str = "") -> str:
+    """What was done, in titles: "unconstrained, global + ridge"; what is empty or usual is left out."""
+    how = ", ".join(filter(None, (method, side, ranked(ranking))))
+    return f"{how} + {repair}" if repair else how
 
 
 @dataclass
@@ -103,10 +122,11 @@ class Row:
     reason: str = ""  # why there is no accuracy
     repaired: str = ""  # how what is left was fitted to the dense network's outputs: "ridge", or not at all
     calibration: int | None = None  # images that the repair was given
+    ranking: str = EVEN  # what amount is a share of: each layer's channels, or, "global", all layers' together
 
     @property
     def combination(self) -> Combination:
-        return Combination(self.importance, self.side, self.method, self.amount, self.repaired)
+        return Combination(self.importance, self.side, self.method, self.amount, self.repaired, self.ranking)
 
     @property
     def repair(self) -> str:
@@ -121,7 +141,8 @@ class Row:
     @property
     def key(self) -> tuple[Any, ...]:
         """What makes two rows the same measurement."""
-        return (*self.group, self.importance, self.side, self.method, self.amount, self.repaired, self.calibration)
+        how = (self.importance, self.side, self.method, self.amount, self.repaired, self.calibration, self.ranking)
+        return (*self.group, *how)
 
     @property
     def group(self) -> tuple[Any, ...]:

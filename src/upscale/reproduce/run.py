@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from .executors import EXECUTORS
-from .rows import METHODS, Combination, Row, Source, merged, read_rows, write_rows
+from .rows import EVEN, METHODS, Combination, Row, Source, merged, read_rows, write_rows
 from .worker import Job
 
 __all__ = ["combinations", "left", "plan_jobs", "sweep"]
@@ -19,13 +19,14 @@ def combinations(
     methods: Sequence[str],
     amounts: Sequence[float],
     repairs: Sequence[str] = ("",),
+    rankings: Sequence[str] = (EVEN,),
 ) -> list[Combination]:
     """Every combination, the dense network first. There are no contiguous masks on the output side."""
     found = [Combination()]
-    every = itertools.product(importances, sides, methods, repairs, sorted(amounts))
-    for importance, side, method, repaired, amount in every:
+    every = itertools.product(importances, sides, methods, rankings, repairs, sorted(amounts))
+    for importance, side, method, ranking, repaired, amount in every:
         if (side, method) != ("output", METHODS[2]):
-            found.append(Combination(importance, side, method, amount, repaired))
+            found.append(Combination(importance, side, method, amount, repaired, ranking))
     return found
 
 

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .gains import AXES, Gain, curves, gains, mean_gain
-from .rows import DENSE, METHODS, Row
+from .rows import DENSE, METHODS, Row, described
 
 __all__ = ["gains_table", "line", "points", "table"]
 
@@ -47,8 +47,7 @@ def table(rows: Sequence[Row]) -> Table:
     lines: dict[tuple[str, str, str], dict[float, float | None]] = {}
     for row in rows:
         if row.method != DENSE:
-            how = row.method if row.side == "input" else f"{row.method}, {row.side}s"
-            how = f"{how} + {row.repair}" if row.repair else how
+            how = described(row.method, row.ranking, "" if row.side == "input" else f"{row.side}s", row.repair)
             lines.setdefault((row.model, row.importance, how), {})[row.amount] = row.top1
     for (model, importance, how), found in lines.items():
         cells = [dense.get(model), *(found.get(amount) for amount in amounts)]

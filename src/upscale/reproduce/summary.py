@@ -12,7 +12,7 @@ from ..markdown import escaped
 from ..markdown import table as markdown_table
 from .gains import AXES, Gain, curves, gains, mean_gain
 from .models import KNOWN
-from .rows import DENSE, METHODS, Row
+from .rows import DENSE, METHODS, Row, described, ranked
 from .show import points
 
 __all__ = ["document", "write_summary"]
@@ -29,13 +29,14 @@ Every network is masked, exported and verified, and the exported network is eval
 labels, on images that are not evaluated on; elsewhere nothing is repaired.
 
 *Unconstrained*: every layer masks channels of its own. *Constrained*: layers on a shared tensor mask the same channels.
-*Contiguous*: every layer its own, as long as one order gives each of them a slice.
+*Contiguous*: every layer its own, as long as one order gives each of them a slice. Every layer loses the same share of
+its channels; where it says *global*, all layers' are ranked together, and it is the share of them all.
 
-**Gain**: points of top-1 above constrained masks of the same network, importance, side and repair, in the mean over the
-amounts (*equal amount*), or over the range of FLOPs or latency that both curves have, linear between their points and
-the dense network (*equal FLOPs*, *equal latency*). *Alive* takes only the part in which one of the two still has half
-of the dense accuracy: beyond it both are near chance, and differences mean little. Latency is that of one image
-relative to the dense network, timed in turns, in processor time of one thread.
+**Gain**: points of top-1 above constrained masks of the same network, importance, side, ranking and repair, in the mean
+over the amounts (*equal amount*), or over the range of FLOPs or latency that both curves have, linear between their
+points and the dense network (*equal FLOPs*, *equal latency*). *Alive* takes only the part in which one of the two still
+has half of the dense accuracy: beyond it both are near chance, and differences mean little. Latency is that of one
+image relative to the dense network, timed in turns, in processor time of one thread.
 """
 
 
@@ -75,8 +76,8 @@ def _section(rows: Sequence[Row]) -> str:
     found = curves(rows)
     for method in (name for name in METHODS if name != "constrained"):
         every = gains(found, method)
-        for repair in dict.fromkeys(one.better.repair for one in every):
-            parts.append(_gains(method, repair, [one for one in every if one.better.repair == repair]))
+        for how in dict.fromkeys(map(_alike, every)):
+            parts.append(_gains(method, *how, [one for one in every if _alike(one) == how]))
     parts.append(_numbers(rows))
     notes = [f"- {row.model}: {KNOWN[row.model].note}." for row in rows if row.method == DENSE and row.model in KNOWN]
     parts += [note + "\n" for note in notes if not note.endswith(": .")]
@@ -84,7 +85,12 @@ def _section(rows: Sequence[Row]) -> str:
     return "\n".join(parts)
 
 
-def _gains(method: str, repair: str, every: Sequence[Gain]) -> str:
+def _alike(one: Gain) -> tuple[str, str]:
+    """What both curves have in common that not all gains do: ranking and repair."""
+    return one.better.ranking, one.better.repair
+
+
+def _gains(method: str, ranking: str, repair: str, every: Sequence[Gain]) -> str:
     header = ["", *_TITLES.values(), *(f"{title}, alive" for title in _TITLES.values())]
     lines = []
     for kind in ("model", "importance"):
@@ -92,8 +98,9 @@ def _gains(method: str, repair: str, every: Sequence[Gain]) -> str:
             some = [one for one in every if getattr(one.better, kind) == name]
             lines.append([name, *_means(some)])
     lines.append(["**mean**", *(f"**{cell}**" for cell in _means(every))])
-    after = f", both with {repair}" if repair else ""
-    return f"### What {method} masks gain{after}\n\n{markdown_table(header, lines)}\n{_losses(method, every)}"
+    both = " and ".join(filter(None, (ranked(ranking), f"with {repair}" if repair else "")))
+    title = f"What {method} masks gain{both and f', both {both}'}"
+    return f"### {title}\n\n{markdown_table(header, lines)}\n{_losses(method, every)}"
 
 
 def _means(some: Sequence[Gain]) -> list[str]:
@@ -135,8 +142,7 @@ def _numbers(rows: Sequence[Row]) -> str:
 
 
 def _how(row: Row) -> str:
-    how = row.method if row.side == "input" else f"{row.method}, {row.side} side"
-    return f"{how} + {row.repair}" if row.repair else how
+    return described(row.method, row.ranking, "" if row.side == "input" else f"{row.side} side", row.repair)
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -33,7 +33,7 @@ from ..zoo.worker import first_line
 from .evaluation import FROM_IMAGES, accuracy, batches_of, check_outputs
 from .images import DataError, Images, View, load_dataset
 from .models import KNOWN, find_recipe, load_model
-from .rows import DENSE, Combination, Row, Source, blank
+from .rows import DENSE, GLOBAL, Combination, Row, Source, blank
 
 __all__ = ["Job", "Subject", "check", "evaluate"]
 
@@ -69,8 +69,8 @@ class Subject:
         self.dense = load_model(source.model, recipe, Path(source.weights))
         self.model = copy.deepcopy(self.dense)
         check_outputs(self.dense, self.images)
-        self._managers: dict[tuple[str, str], MaskingManager] = {}
-        self._scored: dict[tuple[str, str], str] = {}
+        self._managers: dict[tuple[str, str, str], MaskingManager] = {}
+        self._scored: dict[tuple[str, str, str], str] = {}
 
     @functools.cached_property
     def example(self) -> Tensor:
@@ -105,10 +105,10 @@ class Subject:
     def mask(self, how: Combination) -> int:
         """Zero channels of ``model``, from the dense weights; how many."""
         self.restore()
-        key = (how.side, how.method)
+        key = (how.side, how.method, how.ranking)
         if key not in self._managers:
-            side, method = cast(Any, how.side), cast(Any, how.method)
-            self._managers[key] = MaskingManager(self.model, side, method, example_inputs=self.example)
+            side, method, is_global = cast(Any, how.side), cast(Any, how.method), how.ranking == GLOBAL
+            self._managers[key] = MaskingManager(self.model, side, method, is_global, self.example)
         manager = self._managers[key]
         if self._scored.get(key) != how.importance:  # scores are of the dense weights, whatever the amount
             self._scored.pop(key, None)
