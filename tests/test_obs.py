@@ -145,3 +145,28 @@ def test_what_cannot_be_scored_is_refused() -> None:
     with pytest.raises(InputError, match=r"upscale.OBS\(batches\)"):
         upscale.mask(model, normal(2, 4), importance="obs")
     assert model.training
+
+
+class Tail(nn.Module):
+    """Two layers alike, side by side: behind one there is another layer, behind the other an activation only."""
+
+    def __init__(self, is_followed: bool) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 4)
+        self.last = nn.Linear(4, 4, bias=False) if is_followed else nn.Identity()
+        if is_followed:
+            nn.init.eye_(self.last.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.first(x)))
+
+
+def test_an_error_that_later_layers_can_make_up_for_counts_less() -> None:
+    """Both networks compute the same, so that their derivatives are the same too."""
+    torch.manual_seed(0)
+    followed, alone = Tail(True).double().eval(), Tail(False).double().eval()
+    alone.first.load_state_dict(followed.first.state_dict())
+    x = [normal(64, 6)]
+    less, more = (scored(model, x, first=model.first)["first"] for model in (followed, alone))
+    assert 0.3 < float(less.sum() / more.sum()) < 0.9
+    assert less.argsort().tolist() == more.argsort().tolist()

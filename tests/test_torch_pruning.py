@@ -224,6 +224,7 @@ def test_bad_histories_change_nothing() -> None:
         (model, [["conv1", True, 3]], "no integers"),
         (model, [["conv1", [1]]], "entry 0 of the history"),
         (model, [[model.conv1, True, [1]]], "entry 0 of the history"),
+        (model, 5, r"pruning_history\(\) returns, not 5"),
         (model, [["fc", True, [1]]], "the group of fc takes channels from no layer's input side"),
     ]
     for target, entries, message in cases:

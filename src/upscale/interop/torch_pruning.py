@@ -79,6 +79,8 @@ def masks_from_history(model: nn.Module, history: Iterable[Any], example_inputs:
     """
     original = _Named.of(model, side)
     args, kwargs = as_call(example_inputs)
+    if not isinstance(history, Iterable):
+        raise InputError(f"a history is what pruner.pruning_history() returns, not {history!r}")
     try:
         copied = copy.deepcopy(original.model)
     except Exception as error:
