@@ -460,8 +460,18 @@ def test_whole_batches_are_fitted_where_they_cannot_be_taken_apart() -> None:
     assert len(leaves[0]) == 16 and torch.equal(~chosen, held_out(16))
 
 
+def test_a_rate_that_is_too_high_is_lowered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On some networks the usual rate is: the fit starts again, and gets somewhere in the steps that are left."""
+    monkeypatch.setattr(blockwise, "_RATE", 1.0)
+    model, masked, x = residual()
+    ridge = upscale.repair(masked, model, [x], progress=False)
+    both = upscale.repair(masked, model, [x], method="blockwise", steps=200, progress=False)
+    assert both.repair_report.outputs[1] < 0.9 * ridge.repair_report.outputs[1]
+
+
 def test_a_fit_that_is_no_better_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blockwise, "_RATE", 10.0)
+    monkeypatch.setattr(blockwise, "_SHORTER", 1.0)
     model, masked, x = residual()
     ridge = upscale.repair(masked, model, [x], progress=False)
     both = upscale.repair(masked, model, [x], method="blockwise", steps=5, progress=False)
