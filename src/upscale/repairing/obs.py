@@ -32,9 +32,9 @@ _KEPT = 1 << 30  # bytes of activations
 _CHANGES = 1 << 29  # bytes of changed weights that are held at once
 # After which shares of the removals the error of the network's outputs is estimated.
 _SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1.0)
-# What layers behind, which are fitted again to what they should write, leave of an error: `benchmarks.foretold`. Of
-# what a classifier does wrong, all is seen.
-_LEFT = 0.75
+# What layers behind, which are fitted again too, leave of an error: see `benchmarks.foretold`. Of what a classifier does
+# wrong, all is seen.
+_LEFT = 0.5
 
 
 class OBS(FromBatches):
@@ -45,7 +45,7 @@ class OBS(FromBatches):
     much as the network's outputs depend on it (Hassibi and Stork 1993, "Second order derivatives for network pruning";
     for blocks of weights Frantar and Alistarh 2022, arXiv 2208.11580, equation 5; for channels Kurtic, Frantar and
     Alistarh 2023, "ZipLM", arXiv 2302.04089, section 3). What that does to the network's outputs is estimated after six
-    numbers of removals, to first order, on held-out examples; where other layers follow, 0.75 of it is taken to be left
+    numbers of removals, to first order, on held-out examples; where other layers follow, half of it is taken to be left
     once they are fitted again. A channel's score is what its removal adds to the mean square error of the outputs,
     relative to theirs, along the greatest convex curve below these errors. So scores of different layers compare: with
     ``is_global=True``, or a budget, masks go where the network misses them least.
