@@ -72,6 +72,7 @@ accuracy: $(STAMP)
 	$(RUN) -m benchmarks.repair --nets resnet20 resnet56 densenet40 --masks global --amounts --flops 0.7 0.5
 	$(RUN) -m benchmarks.repair --nets resnet20 resnet56 --amounts 0.5 --masks global --methods unconstrained --blockwise
 	$(RUN) -m benchmarks.repair --nets mobilenet_v2 mobilenetv1_100 --amounts 0.1 0.25 --methods unconstrained
+	$(RUN) -m benchmarks.repair --nets mobilenet_v2 --amounts 0.25 --methods unconstrained --imagenet unseen
 
 results: $(STAMP)
 	$(RUN) -m benchmarks.results

@@ -32,8 +32,8 @@ _KEPT = 1 << 30  # bytes of activations
 _CHANGES = 1 << 29  # bytes of changed weights that are held at once
 # After which shares of the removals the error of the network's outputs is estimated.
 _SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1.0)
-# What layers behind, which are fitted again too, leave of an error: see `benchmarks.foretold`. Of what a classifier does
-# wrong, all is seen.
+# What layers behind, which are fitted again too, leave of an error: see `benchmarks.foretold`. What a classifier does
+# wrong stays wrong.
 _LEFT = 0.5
 
 
