@@ -17,7 +17,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("PIL")
 
 import upscale
-from support.classifiers import Residual, write_files
+from support.classifiers import Residual, enter
 from support.command import in_process
 from upscale.reproduce.evaluation import batches_of
 from upscale.reproduce.gains import curves, gains
@@ -29,7 +29,6 @@ from upscale.reproduce.summary import document
 from upscale.reproduce.worker import Job, Subject, evaluate
 from upscale.zoo.table import BadTableError
 
-TESTS = Path(__file__).resolve().parent
 NAME = "support.classifiers:residual"
 VIEW = View((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 16)
 Command = Callable[..., int]
@@ -38,9 +37,7 @@ Command = Callable[..., int]
 @pytest.fixture
 def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
     """``upscale`` in a folder that has weights of a small network and images, of which 40 are for calibration."""
-    monkeypatch.syspath_prepend(str(TESTS))
-    monkeypatch.chdir(tmp_path)
-    write_files(tmp_path, 60)
+    enter(tmp_path, monkeypatch, 60)
     return in_process
 
 

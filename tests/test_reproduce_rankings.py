@@ -16,7 +16,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("PIL")
 
 import upscale
-from support.classifiers import write_files
+from support.classifiers import enter
 from support.command import in_process
 from upscale.reproduce import plots
 from upscale.reproduce.evaluation import FROM_IMAGES
@@ -28,7 +28,6 @@ from upscale.reproduce.show import gains_table, table
 from upscale.reproduce.summary import document
 from upscale.reproduce.worker import Job, Subject, evaluate
 
-TESTS = Path(__file__).resolve().parent
 NAME = "support.classifiers:residual"
 SOURCE = Source(NAME, "w.safetensors", "d.npz", 20, 40, 0, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 16)
 Command = Callable[..., int]
@@ -37,9 +36,7 @@ Command = Callable[..., int]
 @pytest.fixture
 def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
     """``upscale`` in a folder that has weights of a small network and images, of which 40 are for calibration."""
-    monkeypatch.syspath_prepend(str(TESTS))
-    monkeypatch.chdir(tmp_path)
-    write_files(tmp_path, 60)
+    enter(tmp_path, monkeypatch, 60)
     return in_process
 
 

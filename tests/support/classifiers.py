@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -37,6 +38,13 @@ def write_files(folder: Path, count: int) -> None:
     torch.manual_seed(1)
     save_file(Residual().state_dict(), folder / "w.safetensors")
     np.savez(folder / "d.npz", images=drawn_images(count), labels=np.arange(count) % CLASSES)
+
+
+def enter(folder: Path, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """Work in a folder with :func:`write_files`, where commands find this module by its name."""
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1]))
+    monkeypatch.chdir(folder)
+    write_files(folder, count)
 
 
 def drawn_images(count: int) -> np.ndarray:
