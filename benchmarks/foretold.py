@@ -25,7 +25,7 @@ from upscale.importance import channel_scores
 from upscale.importance.subject import Subject
 
 from .nets import NETS, load, why_missing
-from .repair import calibration
+from .repair import calibration, test_of
 
 
 def quotients(dense: nn.Module, batches: Sequence[Tensor], share: float) -> list[tuple[str, int, float, float]]:
@@ -61,8 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in chosen.nets:
         if missing := why_missing(name):
             raise SystemExit(missing)
-        on = "whole" if NETS[name].dataset == "cifar10" else "mirrored"
-        rows = quotients(load(name), calibration(name, on, chosen.calibration), chosen.share)
+        rows = quotients(load(name), calibration(name, test_of(name), chosen.calibration), chosen.share)
         table = Table(
             "layer", "masked", "foretold", "found", "quotient", title=f"{name}, {chosen.share:.0%} of one layer"
         )

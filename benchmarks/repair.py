@@ -88,6 +88,11 @@ class Row(Case):
         return Case(*(getattr(self, entry.name) for entry in fields(Case)))
 
 
+def test_of(name: str, imagenet: Tested = "mirrored") -> Tested:
+    """How a network is tested; ``imagenet``: if it is one of ImageNet."""
+    return "whole" if NETS[name].dataset == "cifar10" else imagenet
+
+
 def calibration(name: str, on: Tested, count: int | None = None) -> list[Tensor]:
     """Batches of the first ``count`` images, without labels. Whether they are among those of :func:`tested`: see
     above."""
@@ -194,9 +199,8 @@ def _dense(rows: Sequence[Row]) -> str:
 def summary(rows: Sequence[Row]) -> str:
     """Top-1 after ridge regression alone: a line for each network, test and way of masking, a column for each share."""
     plain = [row for row in rows if not row.steps]
-    asked = sorted(
-        {(row.asked, row.share) for row in plain}, key=lambda one: (one[0], one[1] * (-1) ** (one[0] == "flops"))
-    )
+    shares = {(row.asked, row.share) for row in plain}
+    asked = sorted(shares, key=lambda one: (one[0], -one[1] if one[0] == "flops" else one[1]))
     lines = []
     for key in itertools.product(dict.fromkeys(row.network for row in plain), TESTED, MASKS, METHODS):
         name, on, masks, method = key
@@ -252,7 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         missing = why_missing(name)
         if missing:
             raise SystemExit(missing)
-        on: Tested = "whole" if NETS[name].dataset == "cifar10" else chosen.imagenet
+        on = test_of(name, chosen.imagenet)
         dense, batches, images = load(name), calibration(name, on, chosen.calibration), tested(name, on)
         images = images if chosen.limit is None else images.first(chosen.limit)
         done = set() if chosen.limit else {row.case for row in written()}

@@ -148,7 +148,7 @@ def test_what_cannot_be_scored_is_refused() -> None:
 
 
 class Tail(nn.Module):
-    """Two layers alike, side by side: behind one there is another layer, behind the other an activation only."""
+    """A layer, an activation, and behind it another layer that changes nothing, or none."""
 
     def __init__(self, is_followed: bool) -> None:
         super().__init__()

@@ -53,7 +53,7 @@ def fit_blocks(
         return ()
     fit = _Fit(pair, inputs, free, ends)
     before, start = fit.errors(), outputs.error()
-    fit.descend(steps, seed, progress)
+    fit.descend(steps, seed, progress, fmean(before))
     after = fit.errors()
     present = [entry.tensor.detach().clone() for entry in free]
     for entry, value in zip(free, fit.fitted(), strict=True):
@@ -134,10 +134,10 @@ class _Fit:
         """The tensors as they are now; what was zero is zero."""
         return [(value * entry.kept).detach() for entry, value in zip(self._free, self._values, strict=True)]
 
-    def descend(self, steps: int, seed: int, progress: bool) -> None:
-        """Adam on the mean of the ends' relative square errors, its rate falling along a cosine. Where that mean has
-        grown on held-out examples it starts again, at a lower rate, for the steps that are left."""
-        start, before = [value.detach().clone() for value in self._values], fmean(self.errors())
+    def descend(self, steps: int, seed: int, progress: bool, before: float) -> None:
+        """Adam on the mean of the ends' relative square errors, its rate falling along a cosine. Where that mean is
+        above ``before`` on held-out examples it starts again, at a lower rate, for the steps that are left."""
+        start = [value.detach().clone() for value in self._values]
         rate, optimiser = _RATE, torch.optim.Adam(self._values)
         generator = torch.Generator().manual_seed(seed)
         checks = {steps * number // _CHECKS for number in range(1, _CHECKS)} - {0}
