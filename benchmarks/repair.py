@@ -72,7 +72,7 @@ class Case:
 @dataclass(frozen=True)
 class Row(Case):
     """Top-1 in percent on ``images`` images; ``flops``: what is left of them; ``output_error``: see
-    ``RepairReport.outputs``, after the repair."""
+    ``RepairReport.outputs``, after the repair; ``device``: what the masks and the repair took their seconds on."""
 
     images: int
     dense: float
@@ -82,6 +82,7 @@ class Row(Case):
     output_error: float
     mask_seconds: float
     repair_seconds: float
+    device: str = "cpu"
 
     @property
     def case(self) -> Case:
@@ -93,9 +94,9 @@ def test_of(name: str, imagenet: Tested = "mirrored") -> Tested:
     return "whole" if NETS[name].dataset == "cifar10" else imagenet
 
 
-def calibration(name: str, on: Tested, count: int | None = None) -> list[Tensor]:
-    """Batches of the first ``count`` images, without labels. Whether they are among those of :func:`tested`: see
-    above."""
+def calibration(name: str, on: Tested, count: int | None = None, device: str = "cpu") -> list[Tensor]:
+    """Batches of the first ``count`` images, without labels, on ``device``. Whether they are among those of
+    :func:`tested`: see above."""
     net = NETS[name]
     if on == "whole":
         data = load_dataset(shared() / "data", net.recipe.data, net.recipe.view).calibration
@@ -106,7 +107,8 @@ def calibration(name: str, on: Tested, count: int | None = None) -> list[Tensor]
         images = images.of(range(0, len(images), 2)) if on == "unseen" else images
     images = images if count is None else images.first(count)
     step = _BATCH[net.size]
-    return [images.batch(range(start, min(start + step, len(images)))) for start in range(0, len(images), step)]
+    places = range(len(images))
+    return [images.batch(places[start : start + step]).to(device) for start in places[::step]]
 
 
 def tested(name: str, on: Tested) -> Images:
@@ -132,7 +134,9 @@ def measured(dense: nn.Module, batches: list[Tensor], images: Images, before: fl
     found = [accuracy(title, model, images) for model in (masked, pruned)]
     error = round(repaired.repair_report.outputs[1], 5)
     seconds = round(between - start, 1), round(end - between, 1)
-    return Row(*astuple(case), len(images), before, *found, round(left, 4), error, *seconds)
+    device = batches[0].device
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return Row(*astuple(case), len(images), before, *found, round(left, 4), error, *seconds, where)
 
 
 def masked_by(dense: nn.Module, batches: list[Tensor], case: Case) -> nn.Module:
@@ -146,7 +150,9 @@ def masked_by(dense: nn.Module, batches: list[Tensor], case: Case) -> nn.Module:
 
 def accuracy(title: str, model: nn.Module, images: Images) -> float:
     """Top-1 in percent."""
-    return round(top1(predictions(model, images, batch=50, title=title), images), 2)
+    device = next(model.parameters()).device
+    found = predictions(lambda x: model(x.to(device)).cpu(), images, batch=50, title=title)
+    return round(top1(found, images), 2)
 
 
 # -- rows -------------------------------------------------------------------------------------------------------------
@@ -249,6 +255,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--imagenet", choices=["mirrored", "unseen"], default="mirrored", help="see above")
     parser.add_argument("--calibration", type=int, help="calibrate on the first images only")
     parser.add_argument("--steps", type=int, default=BLOCK_STEPS, help="of the fit of blocks")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--limit", type=int, help="test on the first images only; nothing is written")
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -257,7 +264,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if missing:
             raise SystemExit(missing)
         on = test_of(name, chosen.imagenet)
-        dense, batches, images = load(name), calibration(name, on, chosen.calibration), tested(name, on)
+        dense, images = load(name).to(chosen.device), tested(name, on)
+        batches = calibration(name, on, chosen.calibration, chosen.device)
         images = images if chosen.limit is None else images.first(chosen.limit)
         done = set() if chosen.limit else {row.case for row in written()}
         todo = [case for case in cases(name, chosen, sum(map(len, batches)), on) if case not in done]

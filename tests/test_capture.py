@@ -8,6 +8,7 @@ import re
 import warnings
 from collections import OrderedDict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -18,6 +19,7 @@ import upscale
 from support.captures import Calls, assert_same, check, fingerprint, images, pruned_conv
 from upscale.capture import capture
 from upscale.errors import CaptureError, InputError, UnsupportedModelError
+from upscale.guards import size_guards, text_guards
 from upscale.program import is_users_file, run, where
 from upscale.raising import raise_program
 
@@ -158,6 +160,18 @@ class Sized(nn.Module):
         x = x + (1 if x.shape[2] % 3 == 0 else 2)
         x = x * (2 if x.shape[3] > 7 else 3)
         return x + torch.cat([y, y], 2)
+
+
+@pytest.mark.parametrize("most", [65535, 880801, 4096])
+def test_what_cudnn_takes_is_no_guard(most: int) -> None:
+    """On a GPU torch notes up to how many examples cuDNN's batch norm would be taken: on a CPU it is the same model."""
+    program = capture(nn.Linear(4, 4).double(), (images(4).flatten(1)[:, :4],))
+    values = [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"]
+    found, unread = text_guards([f"L['args'][0].size()[0] <= {most}"], values, ["x"], "args")
+    assert (len(found), unread) == (int(most == 4096), [])
+    (symbol,) = (value.shape[0].node.expr for value in values)
+    ranges = {symbol: SimpleNamespace(lower=2, upper=most)}
+    assert len(size_guards(values, ["x"], ranges)[0]) - len(size_guards(values, ["x"], {})[0]) == int(most == 4096)
 
 
 def test_spatial_sizes_free_and_guarded() -> None:

@@ -233,12 +233,19 @@ def test_scattered_zeros_are_solved_as_one_by_one() -> None:
     root = normal(1, 80, 12)
     problem = Regression(root.mT @ root, normal(1, 12, 20, seed=2))
     kept = torch.rand(1, 20, 12, generator=torch.Generator().manual_seed(0)) > 0.1
+    kept[0, 3, 2:] = False  # of one output nearly all
+    kept[0, 4] = False
     solver = _ByPattern(problem, kept, 0)
-    found = solver._constrained(0.0)
-    assert found is not None
-    torch.testing.assert_close(found, solver._one_by_one(0.0), rtol=1e-10, atol=1e-12)
+    assert len(solver._together) >= 15 and {3, 4} <= set(solver._alone.tolist())
+    expected = torch.zeros_like(kept[0], dtype=torch.float64)
+    for output, pattern in enumerate(kept[0]):
+        gram = problem.gram[0][pattern][:, pattern]
+        expected[output, pattern] = torch.linalg.solve(gram, problem.right[0, pattern, output])
+    torch.testing.assert_close(solver.change(0.0), expected, rtol=1e-10, atol=1e-12)
     singular = Regression(torch.ones(1, 12, 12, dtype=torch.float64), problem.right)
-    assert _ByPattern(singular, kept, 0)._constrained(0.0) is None
+    solver = _ByPattern(singular, kept, 0)
+    assert solver._constrained(solver._together, 0.0) is None
+    assert bool(solver.change(0.0)[kept[0]].isfinite().all())
 
 
 class Twice(nn.Module):

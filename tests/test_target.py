@@ -234,3 +234,53 @@ def test_the_papers_class_takes_a_target_too() -> None:
 def test_something_else_than_a_target_is_refused() -> None:
     with pytest.raises(InputError, match="upscale.Target"):
         upscale.export(masked(), (image(2),), target="cuda")  # type: ignore[arg-type]
+
+
+class Residual(nn.Module):
+    """Layers on one stream that want different channels of it, so that no order serves all by slices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.start = nn.Conv2d(3, 24, 3, padding=1)
+        self.layers = nn.ModuleList(nn.Conv2d(24, 24, 3, padding=1) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.start(x)
+        for layer in self.layers:
+            x = x + layer(x).relu()
+        return x.mean((2, 3))
+
+
+def many_readers() -> Residual:
+    torch.manual_seed(0)
+    model = randomise(Residual().double().eval())
+    with torch.no_grad():
+        for seed, layer in enumerate(model.layers):
+            layer.weight[:, torch.randperm(24, generator=torch.Generator().manual_seed(seed))[:12]] = 0
+    return model  # type: ignore[return-value]
+
+
+def copying_reads(model: nn.Module) -> int:
+    reads = model.report.plan.reads.values()
+    return sum(read.kind in ("gather", "concat", "collect") for by_operand in reads for read in by_operand.values())
+
+
+def test_where_calls_take_longer_than_the_work_no_call_is_added() -> None:
+    """On a GPU the host calls on while the device works: for one small image a smaller layer saves nothing."""
+    model, x = many_readers(), image(2)
+    work_bound = upscale.export(model, (x,), target=Target(device="cuda", batch=1 << 17))
+    assert copying_reads(work_bound) > 0
+    check_equal(model, work_bound, x)
+    call_bound = upscale.export(model, (x,), target=Target(device="cuda", batch=1))
+    assert copying_reads(call_bound) == 0
+    check_equal(model, call_bound, x)
+    assert any("more than it saves" in reason or "costs" in reason for *_, reason in call_bound.report.kept)
+
+
+@pytest.mark.parametrize("target", [Target(device="cuda"), Target(device="cuda", batch=1, backend="cudagraphs")])
+def test_calls_are_not_what_counts_unless_a_batch_is_named_in_eager_mode(target: Target) -> None:
+    model = many_readers()
+    pruned, like = (
+        upscale.export(model, (image(1, 224),), target=t) for t in (target, Target(device="cuda", batch=512))
+    )
+    assert copying_reads(pruned) == copying_reads(like) > 0

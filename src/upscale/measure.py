@@ -198,8 +198,11 @@ def _profiled(model: Callable[..., Any], args: Any) -> Any:
         if isinstance(model, nn.Module):
             stack.enter_context(quietly_evaluated(model))
         model(*arguments)  # what is done once, on the first call, is not a copy of every call
-        with profile(activities=activities, record_shapes=True, profile_memory=True) as profiler:
+        wait = _waiter(arguments)
+        wait()
+        with profile(activities=activities, record_shapes=True, profile_memory=True, acc_events=True) as profiler:
             result = model(*arguments)
+            wait()
         del result
     assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
     return profiler.profiler.kineto_results

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -41,13 +42,17 @@ def setting_for(program: Program, target: Target) -> Setting:
     """Rates of the target's device and backend, and how many examples are planned for to each one captured.
 
     Layers become matrix products only for a target that names the batch or the memory format: who does not say how the
-    model will run gets modules that are called as modules.
+    model will run gets modules that are called as modules. And only for one that names the batch may calls take longer
+    than the work: an example of one image is no promise that all calls are of one.
     """
     captured = next((t.shape[0] for t in program.inputs if t.dim() > 0), 1)
     planned = target.batch or program.batch or captured
     rates = target.rates or guessed_rates(target.device or device_of(program.tensors.values()))
     named = target.batch is not None or target.memory_format is not None
-    return Setting(on_backend(rates, target.backend), planned / captured, target.round_to, named)
+    rates = on_backend(rates, target.backend)
+    if target.batch is None:
+        rates = replace(rates, issue=0.0)
+    return Setting(rates, planned / captured, target.round_to, named)
 
 
 def device_of(tensors: Iterable[torch.Tensor]) -> str:

@@ -17,6 +17,7 @@ from .aliases import first_tensor
 from .errors import InputError, VerificationError
 from .guards import accepted
 from .plan import Plan
+from .precision import full_precision
 from .program import Program, interpret, run, steps, where
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 1e-1}
@@ -62,6 +63,7 @@ def relative_error(expected: Any, actual: Any) -> float:
     return difference / scale if scale > 0 else difference
 
 
+@full_precision()
 def verify(
     masked: Program, lowered: Program, plan: Plan, call: Callable[[Sequence[torch.Tensor]], Sequence[Any]]
 ) -> Verification:

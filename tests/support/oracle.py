@@ -127,9 +127,9 @@ def rebatch(value: Any, batch: int, seed: int) -> Any:
             return item
         shape = (batch, *item.shape[1:])
         if item.is_floating_point():
-            return torch.randn(shape, generator=generator, dtype=torch.float64).to(item.dtype)
+            return torch.randn(shape, generator=generator, dtype=torch.float64).to(item)
         low, high = int(item.min()), int(item.max())
-        return torch.randint(low, high + 1, shape, generator=generator).to(item.dtype)
+        return torch.randint(low, high + 1, shape, generator=generator).to(item)
 
     return one(value)
 

@@ -1,7 +1,4 @@
-"""torchvision for tests and benchmarks: the CPU build of torch here lacks torchvision's compiled operators.
-
-Importing this module defines the schemas of the two missing operators first; then ``torchvision`` imports.
-"""
+"""torchvision for tests and benchmarks, which may lack its compiled operators, and the networks that are tested on."""
 
 from __future__ import annotations
 
@@ -11,22 +8,9 @@ from unittest import mock
 import torch
 from torch import nn
 
+from upscale.zoo.lenient import import_torchvision
 
-def _define_missing_ops() -> torch.library.Library | None:
-    """Give ``torchvision::nms`` and ``torchvision::qnms`` a schema unless the compiled library has done so."""
-    try:
-        torch.ops.torchvision.nms  # noqa: B018 - the attribute look-up itself is the test
-        return None
-    except (AttributeError, RuntimeError):
-        library = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        return library
-
-
-_LIBRARY = _define_missing_ops()  # the definitions live as long as this object
-
-import torchvision  # noqa: E402
+torchvision = import_torchvision()
 
 #: The networks every stage of the pipeline is tested on.
 NETWORKS = (

@@ -1,4 +1,4 @@
-"""Who runs a model: torch itself, torch.compile, ONNX Runtime. Each makes a function of flat tensors of a module."""
+"""Who runs a model: torch, torch.compile, CUDA graphs, ONNX Runtime. Each makes a function of tensors of a module."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from .rows import Setting
 from .variants import UnavailableError
 
 Prepared = Callable[..., Any]
+_BEFORE_GRAPH = 3  # calls in which kernels are chosen and loaded
 _COMPILERS = ("g++", "clang++", "c++", "cl")
 
 
@@ -35,6 +36,23 @@ def inductor(model: nn.Module, args: tuple[Any, ...], setting: Setting) -> Prepa
     with torch.inference_mode():
         compiled(*args)
     return lambda *inputs: compiled(*inputs)
+
+
+def cudagraphs(model: nn.Module, args: tuple[Any, ...], setting: Setting) -> Prepared:
+    """The kernels of one call in eager mode, recorded and launched together: the time of the GPU alone."""
+    if setting.device == "cpu":
+        raise UnavailableError("CUDA graphs need a GPU")
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    graph = torch.cuda.CUDAGraph()
+    with torch.inference_mode():
+        with torch.cuda.stream(aside):
+            for _ in range(_BEFORE_GRAPH):
+                model(*args)
+        torch.cuda.current_stream().wait_stream(aside)
+        with torch.cuda.graph(graph):
+            model(*args)
+    return lambda *inputs: graph.replay()  # the inputs are always the same
 
 
 def has_compiler() -> bool:
@@ -69,6 +87,7 @@ def onnxruntime(model: nn.Module, args: tuple[Any, ...], setting: Setting) -> Pr
 BACKENDS: dict[str, Callable[[nn.Module, tuple[Any, ...], Setting], Prepared]] = {
     "eager": eager,
     "compile": inductor,
+    "cudagraphs": cudagraphs,
     "onnxruntime": onnxruntime,
 }
 

@@ -80,7 +80,7 @@ def _place(place: Place) -> str:
 def _of_section(setting: Setting) -> tuple[object, ...]:
     """What the lines of one table have in common: all but the size of images."""
     s = setting
-    return (s.amount, s.batch, s.memory_format, s.backend, s.threads, s.device, s.dtype, s.side, s.seed)
+    return (s.amount, s.batch, s.memory_format, s.backend, s.threads, s.device, s.dtype, s.side, s.seed, s.round_to)
 
 
 def _section(rows: Sequence[Row]) -> str:
@@ -98,7 +98,8 @@ def _title(row: Row) -> str:
     threads = "one thread" if row.threads == 1 else f"{row.threads} threads"
     format_ = row.memory_format.replace("_", " ")
     what = f"{100 * row.amount:g} % of each layer's {row.side}s, batch {row.batch}, {format_}"
-    return f"{what}, {row.backend}, {threads}, {row.dtype} on {row.device}"
+    multiples = f", channels in multiples of {row.round_to}" if row.round_to > 1 else ""
+    return f"{what}, {row.backend}, {threads}, {row.dtype} on {row.device}{multiples}"
 
 
 def _line(group: Mapping[str, Row]) -> list[str]:

@@ -19,6 +19,7 @@ class Setting:
     """What is the same for all variants of a model that are timed together.
 
     ``amount``: share of each layer's channels. ``size``: height and width of images; 0: as the suite has them.
+    ``round_to``: see :class:`upscale.Target`.
     """
 
     amount: float = 0.25
@@ -31,9 +32,12 @@ class Setting:
     size: int = 224
     side: str = "input"
     seed: int = 0
+    round_to: int = 1
 
     def __str__(self) -> str:
-        return f"{100 * self.amount:g} % b{self.batch} {self.memory_format} {self.backend} t{self.threads}"
+        shown = f"{100 * self.amount:g} % b{self.batch} {self.memory_format} {self.backend} t{self.threads}"
+        shown += f" r{self.round_to}" if self.round_to > 1 else ""
+        return shown if (self.device, self.dtype) == ("cpu", "float32") else f"{shown} {self.dtype} on {self.device}"
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,7 @@ class Row:
     warning: str = ""
     reason: str = ""  # why there is no time
     stage: str = ""  # in which it failed
+    round_to: int = 1
 
     @classmethod
     def blank(cls, suite: str, model: str, variant: str, setting: Setting, place: Place) -> Row:

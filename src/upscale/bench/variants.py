@@ -17,6 +17,7 @@ from ..exporting import compile_program
 from ..ideal import ideal
 from ..masking import MaskingManager
 from ..plan import Mode, Rates
+from ..precision import full_precision
 from ..zoo.compare import relative_error
 from ..zoo.subject import Inputs, Subject
 from .models import to_format
@@ -83,7 +84,12 @@ class Workbench:
 
 def exported(subject: Subject, reads: Mode, setting: Setting) -> nn.Module:
     """The one place in which the benchmark exports. The example is of the setting's batch size and memory format."""
-    target = upscale.Target(setting.batch, setting.memory_format, setting.backend)  # type: ignore[arg-type]
+    target = upscale.Target(
+        setting.batch,
+        setting.memory_format,  # type: ignore[arg-type]
+        setting.backend,  # type: ignore[arg-type]
+        round_to=setting.round_to,
+    )
     return upscale.export(subject.model, subject.args, subject.kwargs, reads=reads, target=target, verify=False)
 
 
@@ -91,7 +97,8 @@ def _pruned(method: str, reads: Mode) -> Callable[[Workbench], Made]:
     def make(bench: Workbench) -> Made:
         bench.mask(method)
         model = bench.finished(exported(bench.subject, reads, bench.setting))
-        error = relative_error(bench.subject.call(bench.subject.model), bench.subject.call(model))
+        with full_precision():
+            error = relative_error(bench.subject.call(bench.subject.model), bench.subject.call(model))
         if not error <= TOLERANCE[bench.setting.dtype]:
             raise WrongValuesError(f"its output differs from the masked model's by {error:.1e}, relatively")
         return Made(model, error)
@@ -104,7 +111,7 @@ def _unpruned(bench: Workbench) -> Made:
 
 
 def _ideal(bench: Workbench) -> Made:
-    if bench.setting.backend != "eager":
+    if bench.setting.backend not in ("eager", "cudagraphs"):
         raise UnavailableError("a read without a copy can be written in eager mode only")
     bench.mask("unconstrained")
     subject = bench.subject

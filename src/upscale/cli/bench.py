@@ -82,11 +82,19 @@ Formats = Annotated[
 ]
 Backends = Annotated[
     list[str],
-    typer.Option("--backend", metavar="NAME,...", help="eager, compile, onnxruntime.", rich_help_panel=_HOW),
+    typer.Option(
+        "--backend", metavar="NAME,...", help="eager, compile, cudagraphs, onnxruntime.", rich_help_panel=_HOW
+    ),
 ]
 Threads = Annotated[list[str], typer.Option("--threads", metavar="N,...", help="Of the CPU.", rich_help_panel=_HOW)]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...", rich_help_panel=_HOW)]
 DTypeOption = Annotated[DType, typer.Option("--dtype", help="Of weights and images.", rich_help_panel=_HOW)]
+RoundTo = Annotated[
+    list[str],
+    typer.Option(
+        "--round-to", metavar="N,...", help="Multiples that channel counts are kept at.", rich_help_panel=_HOW
+    ),
+]
 Size = Annotated[
     int | None,
     typer.Option(min=1, help="Height and width of images. [default: 224; a suite file's own]", rich_help_panel=_HOW),
@@ -124,7 +132,8 @@ Examples:
   upscale bench mynets:small_net --size 64 --backend eager,compile --plot speed.png --markdown speed.md
 
 Without a MODEL: {", ".join(DEFAULT_MODELS)}. Nothing is downloaded: weights are random. Every combination of the listed
-amounts, batch sizes, memory formats, backends and threads is a setting; each model has a process of its own in each.
+amounts, batch sizes, memory formats, backends, threads and multiples is a setting; each model has a process of its own
+in each.
 
 The variants are unpruned, constrained (layers on a shared tensor mask the same channels), baseline, gather and auto
 (each layer its own channels; the three ways of `reads=`), contiguous (masks that leave contiguous reads) and ideal
@@ -152,6 +161,7 @@ def bench(
     threads: Threads = ["1"],  # noqa: B006
     device: Device = "cpu",
     dtype: DTypeOption = DType.float32,
+    round_to: RoundTo = ["1"],  # noqa: B006
     size: Size = None,
     seconds: Seconds = 20,
     rounds: Rounds = 200,
@@ -165,13 +175,14 @@ def bench(
 ) -> int:
     """The command; ``HELP`` is what it says of itself."""
     settings = [
-        Setting(*values, device=_device(device), dtype=dtype.value, side=side.value, seed=seed)
-        for values in itertools.product(
+        Setting(*values, device=_device(device), dtype=dtype.value, side=side.value, seed=seed, round_to=multiple)
+        for *values, multiple in itertools.product(
             listed("--amount", amount, share),
             listed("--batch", batch, count),
             listed("--memory-format", memory_format, one_of(MEMORY_FORMATS)),
             listed("--backend", backend, one_of(tuple(BACKENDS))),
             listed("--threads", threads, count),
+            listed("--round-to", round_to, count),
         )
     ]
     _check_packages([setting.backend for setting in settings], plot)

@@ -14,6 +14,7 @@ from .cost import ReadCost, Setting, memory_of
 from .keep import Kept, decide_kept
 from .model import MODES, Choice, Contraction, Layout, Mode, Plan, ProductForm, Read
 from .products import form_of
+from .queue import as_issued
 from .reads import choose_read, price_of, widest_worth
 from .recording import record_spaces
 from .rounding import Rounding, rounded_up
@@ -39,7 +40,7 @@ def make_plan(flow: Flow, mode: Mode = "auto", reorder: bool = True, setting: Se
     """
     if mode not in MODES:
         raise InputError(f"reads={mode!r}: choose one of {', '.join(map(repr, MODES))}")
-    setting = setting or Setting()
+    setting = as_issued(flow, setting or Setting())
     if mode != "auto":
         kept = decide_kept(flow, fuse=False, hoist=False, joins_whole=mode == "baseline")
         builder = _Builder(flow, kept, mode, False, setting)

@@ -15,7 +15,8 @@ class Rates:
     operator's call. ``piece``: one more tensor in a concatenation. ``stretch``: one more stretch of memory in a copy.
     ``strides``: whether some readers take a slice as it is. ``vector``: channels that a kernel works on at a time.
     ``product``: the time of a matrix product on a slice as it lies, over that of a 1x1 convolution on as many channels
-    without gaps; infinite: such a product is never an option.
+    without gaps; infinite: such a product is never an option. ``issue``: what the host takes for a call of a device
+    that works while the host calls on, so that the time is the greater of all calls and all work; 0: it is the host.
     """
 
     multiply: float = 0.015
@@ -28,16 +29,19 @@ class Rates:
     strides: bool = True
     vector: int = 16
     product: float = 1.0
+    issue: float = 0.0
 
 
 # One thread of an x86 server with AVX-512, torch 2.13 (`upscale.tune` measures them). The GPU's are data sheet values
 # of a large one, where launches count more than bytes; products on slices were not measured there.
 CPU = Rates()
-CUDA = Rates(0.0001, 0.0005, 0.001, 0.002, 6000.0, 500.0, 0.0, product=math.inf)
+CUDA = Rates(0.00003, 0.0004, 0.0006, 0.0006, 2000.0, 300.0, 0.0, product=math.inf, issue=10000.0)
 _BACKENDS: dict[str, dict[str, float | bool]] = {
     "eager": {},
     # Slices and gathers are fused into the loop that writes the tensor; convolutions want theirs dense all the same.
-    "compile": {"call": 300.0, "piece": 100.0, "product": math.inf},
+    "compile": {"call": 300.0, "piece": 100.0, "product": math.inf, "issue": 0.0},
+    # Kernels start one after the other, without the host.
+    "cudagraphs": {"issue": 0.0},
     # Slice, Gather and Concat are nodes of their own and copy.
     "onnxruntime": {"call": 2000.0, "piece": 2000.0, "strides": False, "product": math.inf},
 }

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 from ..errors import InputError
 from .rates import Rates
 
-Backend = Literal["eager", "compile", "onnxruntime"]
+Backend = Literal["eager", "compile", "cudagraphs", "onnxruntime"]
 MemoryFormat = Literal["contiguous", "channels_last"]
 
 
@@ -17,10 +17,12 @@ class Target:
     """Where the exported model will run. What is None is taken from the example and the model.
 
     Args:
-        batch: examples at a time. A plan for one batch size is right at every other, but perhaps not the fastest.
+        batch: examples at a time. A plan for one batch size is right at every other, but perhaps not the fastest. On
+            a GPU a small batch that is named here makes a plan of few calls (see ``Rates.issue``).
         memory_format: ``"contiguous"`` (channels first) or ``"channels_last"``; give the model and its inputs in that
             format too.
-        backend: ``"eager"``, ``"compile"`` (``torch.compile`` with Inductor) or ``"onnxruntime"``.
+        backend: ``"eager"``, ``"compile"`` (``torch.compile`` with Inductor), ``"cudagraphs"`` (eager calls, recorded
+            once and replayed) or ``"onnxruntime"``.
         device: ``"cpu"`` or ``"cuda"``, where it is not the model's own.
         round_to: keep channel counts at multiples of this, by keeping channels that could go. 1: keep none.
         rates: what steps cost on the device, as :func:`upscale.tune` measures them; None: typical ones.

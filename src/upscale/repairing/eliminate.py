@@ -63,6 +63,7 @@ class _Group:
         self._weight, self._root, self._window = weight.clone(), factors.sqrt().unsqueeze(1), window
         self._channels = size // window
         self._here = torch.arange(self._channels, device=gram.device)
+        self._place = {channel: channel for channel in range(self._channels)}  # on the host: nothing waits for a GPU
         self._gone = torch.zeros_like(self._here, dtype=torch.bool)
 
     def costs(self) -> Tensor:
@@ -87,15 +88,18 @@ class _Group:
 
     def remove(self, channel: int) -> None:
         """Take one channel out and fit the others to what it wrote."""
-        (at,) = torch.nonzero(self._here == channel).flatten().tolist()
+        at = self._place.pop(channel)
         span = slice(at * self._window, (at + 1) * self._window)
-        change = torch.linalg.solve(self._inverse[span, span], self._inverse[span])  # (window, K)
+        if self._window == 1:
+            change = self._inverse[span] / self._inverse[at, at]
+        else:
+            change = torch.linalg.solve(self._inverse[span, span], self._inverse[span])  # (window, K)
         self._weight.addmm_(self._weight[:, span].clone(), change, alpha=-1)
         self._inverse.addmm_(self._inverse[:, span].clone(), change, alpha=-1)
         self._weight[:, span] = 0
         self._inverse[span], self._inverse[:, span] = 0, 0
         self._gone[at] = True
-        if self._gone.double().mean() > _SPARSE:
+        if len(self._place) < (1 - _SPARSE) * len(self._gone):
             self._drop()
 
     def _drop(self) -> None:
@@ -104,6 +108,7 @@ class _Group:
         wide = kept.repeat_interleave(self._window)
         self._weight, self._inverse = self._weight[:, wide], self._inverse[wide][:, wide]
         self._here, self._gone = self._here[kept], self._gone[kept]
+        self._place = {channel: place for place, channel in enumerate(sorted(self._place))}
 
     def whole(self) -> Tensor:
         """The weight with all its columns, (M, K)."""

@@ -37,36 +37,54 @@ def changes(problem: Regression, kept: Tensor, ridges: Sequence[float]) -> Itera
 
 
 class _ByPattern:
-    """One group: the outputs that keep the same inputs share one matrix, of what they keep only."""
+    """One group. Outputs that lack few of the inputs that any keeps are solved from one inverse; of the others those
+    that keep the same inputs share one matrix, of what they keep only."""
 
     def __init__(self, problem: Regression, kept: Tensor, group: int) -> None:
         self._gram, self._right, self._kept = problem.gram[group], problem.right[group], kept[group]
-        patterns, which = torch.unique(self._kept, dim=0, return_inverse=True)
-        self._parts = [
-            (torch.nonzero(which == number).flatten(), torch.nonzero(pattern).flatten())
-            for number, pattern in enumerate(patterns)
-        ]
         self._union = self._kept.any(0)
-        missing = (self._union & ~self._kept).sum(1).max() if len(patterns) > _MANY else self._union.sum()
-        self._is_scattered = bool(missing <= _SCATTERED * self._union.sum())
+        few = (self._union & ~self._kept).sum(1) <= _SCATTERED * self._union.sum()
+        if len(torch.unique(self._kept[few], dim=0)) <= _MANY:
+            few = torch.zeros_like(few)
+        self._together, self._alone = torch.nonzero(few).flatten(), torch.nonzero(~few).flatten()
+        self._parts = self._by_pattern(self._alone)
 
     def change(self, ridge: float) -> Tensor:
         """(M, K)."""
-        found = self._constrained(ridge) if self._is_scattered else None
-        return self._one_by_one(ridge) if found is None else found
+        found = torch.zeros_like(self._kept, dtype=self._gram.dtype)
+        parts = self._parts
+        if len(self._together):
+            shared = self._constrained(self._together, ridge)
+            if shared is None:
+                parts = parts + self._by_pattern(self._together)
+            else:
+                found[self._together] = shared
+        for outputs, columns in parts:
+            found[outputs[:, None], columns] = self._unconstrained(outputs, columns, ridge)
+        return found
 
-    def _constrained(self, ridge: float) -> Tensor | None:
-        """From one inverse for all outputs. Each has few zeros of its own: constraints, whose multipliers are solved
-        for (Boyd and Vandenberghe, "Convex Optimization", section 10.1.1). None where the matrix is singular."""
+    def _by_pattern(self, outputs: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Of ``outputs`` those that keep the same inputs, and these inputs; none that keep nothing."""
+        patterns, which = torch.unique(self._kept[outputs], dim=0, return_inverse=True)
+        return [
+            (outputs[which == number], torch.nonzero(pattern).flatten())
+            for number, pattern in enumerate(patterns)
+            if bool(pattern.any())
+        ]
+
+    def _constrained(self, outputs: Tensor, ridge: float) -> Tensor | None:
+        """Of ``outputs``, (outputs, K), from one inverse for all. Each has few zeros of its own: constraints, whose
+        multipliers are solved for (Boyd and Vandenberghe, "Convex Optimization", section 10.1.1). None where the matrix
+        is singular."""
         columns = torch.nonzero(self._union).flatten()
-        missing = ~self._kept[:, columns]
+        missing = ~self._kept[outputs][:, columns]
         factor = _factor(_loaded(self._gram[columns][:, columns], ridge))
         if factor is None:
             return None
         inverse = torch.cholesky_inverse(factor)
-        free = self._right[columns].mT @ inverse  # (M, K'), without the constraints
+        free = self._right[columns][:, outputs].mT @ inverse  # (outputs, K'), without the constraints
         most = int(missing.sum(1).max())
-        found = torch.zeros_like(self._kept, dtype=self._gram.dtype)
+        found = torch.zeros(len(outputs), len(self._gram), dtype=self._gram.dtype, device=self._gram.device)
         for part in torch.arange(len(missing), device=missing.device).split(_AT_ONCE):
             where = missing[part].int().argsort(dim=1, descending=True, stable=True)[:, :most]
             valid = missing[part].gather(1, where)
@@ -78,13 +96,9 @@ class _ByPattern:
             found[part[:, None], columns] = (free[part] - spread @ inverse).masked_fill(missing[part], 0.0)
         return found
 
-    def _one_by_one(self, ridge: float) -> Tensor:
-        found = torch.zeros_like(self._kept, dtype=self._gram.dtype)
-        for rows, columns in self._parts:
-            if len(columns):
-                gram = self._gram[columns][:, columns]
-                found[rows[:, None], columns] = _solved(gram, self._right[columns][:, rows], ridge).mT
-        return found
+    def _unconstrained(self, outputs: Tensor, columns: Tensor, ridge: float) -> Tensor:
+        """Of ``outputs``, which keep ``columns`` and nothing else: (outputs, columns)."""
+        return _solved(self._gram[columns][:, columns], self._right[columns][:, outputs], ridge).mT
 
 
 class _Batched:
