@@ -188,7 +188,7 @@ MISTAKES = [
     (("--batch", "1,x"), "--batch: 'x' is no number"),
     (("--batch", "0"), "--batch: 0 must be at least 1"),
     (("--memory-format", "nhwc"), "--memory-format: 'nhwc' is none of contiguous, channels_last"),
-    (("--backend", "tensorrt"), "--backend: 'tensorrt' is none of eager, compile, onnxruntime"),
+    (("--backend", "tensorrt"), "--backend: 'tensorrt' is none of eager, compile, cudagraphs, onnxruntime"),
     (("--variants", "best"), "--variants: 'best' is none of unpruned"),
     (("--device", "gpu"), "--device: 'gpu' is no device"),
     (("--plot", "plot.txt"), "must end in .png, .pdf or .svg"),

@@ -52,7 +52,12 @@ def cudagraphs(model: nn.Module, args: tuple[Any, ...], setting: Setting) -> Pre
         torch.cuda.current_stream().wait_stream(aside)
         with torch.cuda.graph(graph):
             model(*args)
-    return lambda *inputs: graph.replay()  # the inputs are always the same
+
+    def replayed(*inputs: Any) -> None:
+        assert model is not None and args is not None  # the graph reads their memory: they must live as long as it
+        graph.replay()  # the inputs are always the same
+
+    return replayed
 
 
 def has_compiler() -> bool:

@@ -174,9 +174,10 @@ def bench(
     markdown: MarkdownOption = None,
 ) -> int:
     """The command; ``HELP`` is what it says of itself."""
+    on = _device(device)
     settings = [
-        Setting(*values, device=_device(device), dtype=dtype.value, side=side.value, seed=seed, round_to=multiple)
-        for *values, multiple in itertools.product(
+        Setting(share_, images, form, runner, cores, on, dtype.value, side=side.value, seed=seed, round_to=multiple)
+        for share_, images, form, runner, cores, multiple in itertools.product(
             listed("--amount", amount, share),
             listed("--batch", batch, count),
             listed("--memory-format", memory_format, one_of(MEMORY_FORMATS)),

@@ -129,8 +129,8 @@ class ReadCost:
     def view(self, channels: int) -> float:
         """One slice."""
         if self.strided or self.memory.stretches <= 1:
-            return 0.0
-        return min(self._copied(1, channels), self._multiplied(channels))
+            return self.rates.view
+        return self.rates.view + min(self._copied(1, channels), self._multiplied(channels))
 
     def multiplies(self, channels: int) -> bool:
         """Whether a slice is better read by a matrix product as it lies than copied for a convolution."""

@@ -17,6 +17,7 @@ class Rates:
     ``product``: the time of a matrix product on a slice as it lies, over that of a 1x1 convolution on as many channels
     without gaps; infinite: such a product is never an option. ``issue``: what the host takes for a call of a device
     that works while the host calls on, so that the time is the greater of all calls and all work; 0: it is the host.
+    ``view``: taking a slice, of which nothing is read yet.
     """
 
     multiply: float = 0.015
@@ -30,12 +31,14 @@ class Rates:
     vector: int = 16
     product: float = 1.0
     issue: float = 0.0
+    view: float = 0.0
 
 
-# One thread of an x86 server with AVX-512, torch 2.13 (`upscale.tune` measures them). The GPU's are data sheet values
-# of a large one, where launches count more than bytes; products on slices were not measured there.
+# One thread of an x86 server with AVX-512, torch 2.13 (`upscale.tune` measures them). The GPU's are of an H200: with
+# them the work of eight networks on 64 images is 0.5 to 1.3 of what replayed CUDA graphs took; products on slices were
+# not measured there.
 CPU = Rates()
-CUDA = Rates(0.00003, 0.0004, 0.0006, 0.0006, 2000.0, 300.0, 0.0, product=math.inf, issue=10000.0)
+CUDA = Rates(0.00003, 0.0004, 0.0006, 0.0006, 2000.0, 300.0, 0.0, product=math.inf, issue=25000.0)
 _BACKENDS: dict[str, dict[str, float | bool]] = {
     "eager": {},
     # Slices and gathers are fused into the loop that writes the tensor; convolutions want theirs dense all the same.
