@@ -132,3 +132,40 @@ def test_what_does_not_fit_together_is_refused(model: Uneven, batches: list[Tens
 def test_masks_of_what_is_written_stay_those_of_the_weights(model: Uneven, batches: list[Tensor]) -> None:
     masked = upscale.mask(model, batches[0], amount=0.25, side="output", calibration=batches)
     assert torch.equal(masked.all.weight, upscale.mask(model, batches[0], amount=0.25, side="output").all.weight)
+
+
+@pytest.mark.parametrize(
+    ("asked", "first"),
+    [
+        ({"amount": 0.51}, {"amount": 0.3}),
+        ({"amount": 0.5, "schedule": "linear", "is_global": True}, {"amount": 0.25}),
+        ({"amount": {"all": 0.75, "end": 0.5}, "schedule": "linear"}, {"amount": {"all": 0.375, "end": 0.25}}),
+        ({"flops": 0.62, "schedule": "linear"}, {"flops": 0.81}),
+    ],
+)
+def test_weights_are_repaired_between_the_steps(
+    model: Uneven,
+    batches: list[Tensor],
+    asked: dict[str, Any],
+    first: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[tuple[nn.Module, dict[str, Any], nn.Module]] = []
+
+    def spied(found: nn.Module, *args: Any, **options: Any) -> Any:
+        masked = real(found, *args, **options)
+        seen.append((found, {name: value for name, value in options.items() if name in ("amount", "flops")}, masked))
+        return masked
+
+    real = upscale.mask
+    monkeypatch.setattr("upscale.one_call.mask", spied)
+    pruned = upscale.prune(model, batches[0], calibration=batches, steps=2, ignore=[model.stem], **asked)
+    (start, begun, once), (repaired, ended, twice) = seen
+    assert start is model and begun == {name: pytest.approx(value) for name, value in first.items()}
+    assert ended == {name: asked[name] for name in first}
+    error = [(m(batches[0]) - model(batches[0])).square().mean() for m in (once, repaired)]
+    assert error[1] < error[0], "the second step starts from repaired weights"
+    for before, after in zip(once.parameters(), twice.parameters(), strict=True):
+        assert not after[before == 0].any()
+    assert share(once.all) < share(twice.all) and not (twice.stem.weight == 0).any()
+    assert pruned.repair_report.outputs[1] < pruned.repair_report.outputs[0]

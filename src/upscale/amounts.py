@@ -69,6 +69,17 @@ class Request:
             return kept
         return kept**part if self.schedule == "geometric" else 1 - part * (1 - kept)
 
+    def asked(self, part: float) -> dict[str, Any]:
+        """What to ask of ``mask`` to go a part of the way: its ``amount``, or its budget."""
+        if self.budget is not None:
+            return {self.budget.kind: self.kept(self.budget.left, part)}
+        assert self.amount is not None
+        if part == 1:
+            return {"amount": self.amount}
+        if isinstance(self.amount, Mapping):
+            return {"amount": {name: 1 - self.kept(1 - share, part) for name, share in self.amount.items()}}
+        return {"amount": 1 - self.kept(1 - self.amount, part)}
+
 
 def checked_request(amount: Any, flops: Any, params: Any, latency: Any, steps: Any, schedule: Any) -> Request:
     """Raises InputError for anything but one amount, or one budget, and a number of steps."""

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from .amounts import HALF, Amount, Ignored, Schedule, ignored_layers
+from .amounts import HALF, Amount, Ignored, Schedule, checked_request, ignored_layers
 from .channels import Side
 from .errors import InputError, UnsupportedModelError
 from .exporting import attach_report, export
@@ -105,17 +105,23 @@ def prune(
             not something else, and the remaining weights are then fitted to what ``model`` computes on them, by
             :func:`repair`, whose ``repair_report`` the smaller model gets too. None: no repair.
         ridge: see :func:`repair`.
-        masking: what :func:`mask` takes, for instance ``flops=0.5`` or ``amount=0.3, method="contiguous"``.
+        masking: what :func:`mask` takes, for instance ``flops=0.5`` or ``amount=0.3, method="contiguous"``. With
+            ``steps=`` and masks chosen by ``calibration``, the weights are repaired after each step, and
+            ``repair_report`` is of the last.
 
     Raises:
         What :func:`mask`, :func:`repair` and :func:`export` raise. ``model`` is untouched in every case.
     """
     batches = None if calibration is None else list(checked_batches(calibration))  # gone over twice
     by_them = _is_named(masking.get("importance", "auto"), "auto", "obs")
-    masked = mask(model, args, kwargs, calibration=batches if by_them else None, **masking)
     report = None
-    if batches is not None:
-        masked = repair(masked, checked_model(model), batches, ridge)
+    if batches is None:
+        masked = mask(model, args, kwargs, **masking)
+    elif by_them:
+        masked = _in_turns(model, args, kwargs, batches, ridge, **masking)
+        report = masked.repair_report
+    else:
+        masked = repair(mask(model, args, kwargs, **masking), checked_model(model), batches, ridge)
         report = masked.repair_report
     example = tuple(args) if isinstance(args, (tuple, list)) else (args,)
     pruned = export(masked, example, kwargs, dynamic_shapes=dynamic_shapes, reads=reads, target=target, verify=verify)
@@ -124,6 +130,32 @@ def prune(
     if verbose:
         print(pruned.report if report is None else f"{report}\n{pruned.report}")
     return pruned
+
+
+def _in_turns(
+    model: nn.Module,
+    args: Any,
+    kwargs: Mapping[str, Any] | None,
+    batches: list[Any],
+    ridge: float | Literal["auto"],
+    *,
+    amount: Amount = HALF,
+    flops: float | None = None,
+    params: float | None = None,
+    latency: float | None = None,
+    steps: int = 1,
+    schedule: Schedule = "geometric",
+    ignore: Ignored = (),
+    **masking: Any,
+) -> Any:
+    """Masked by the batches and repaired, in ``steps`` turns: what is masked next is chosen once the rest makes up for
+    what is masked so far. A channel that is masked costs nothing, so it goes first and stays masked."""
+    original, request = checked_model(model), checked_request(amount, flops, params, latency, steps, schedule)
+    names, found = sorted(ignored_layers(ignore, original, find_layers(original))), original
+    for part in request.parts():
+        masked = mask(found, args, kwargs, calibration=batches, ignore=names, **request.asked(part), **masking)
+        found = repair(masked, original, batches, ridge)
+    return found
 
 
 def _with_data(importance: Heuristic, calibration: Iterable[Any] | None, side: Side) -> Heuristic:
