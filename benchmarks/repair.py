@@ -20,7 +20,7 @@ import csv
 import itertools
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, astuple, dataclass, fields
+from dataclasses import asdict, astuple, dataclass, fields, replace
 from typing import Any, Literal
 
 import torch
@@ -57,7 +57,8 @@ Tested = Literal["whole", "mirrored", "unseen"]
 @dataclass(frozen=True)
 class Case:
     """How a network is masked, repaired and tested. ``asked``: ``"amount"`` or ``"flops"``, of which ``share``;
-    ``steps``: of the fit of blocks, 0 for regressions alone; ``calibration``: images."""
+    ``steps``: of the fit of blocks, 0 for regressions alone; ``turns``: of masks and repair by which the share is
+    reached; ``calibration``: images."""
 
     network: str
     masks: Masks
@@ -65,6 +66,7 @@ class Case:
     asked: Literal["amount", "flops"]
     share: float
     steps: int
+    turns: int
     calibration: int
     tested: Tested
 
@@ -122,21 +124,32 @@ def tested(name: str, on: Tested) -> Images:
 def measured(dense: nn.Module, batches: list[Tensor], images: Images, before: float, case: Case) -> Row:
     """Mask, repair, export, and run the masked and the exported network over the test images. ``before``: the dense
     network's top-1."""
-    start = time.perf_counter()
-    masked = masked_by(dense, batches, case)
-    between = time.perf_counter()
-    how: dict[str, Any] = {"method": "blockwise", "steps": case.steps} if case.steps else {}
-    repaired = upscale.repair(masked, dense, batches, **how)
-    end = time.perf_counter()
+    masked, repaired, seconds = in_turns(dense, batches, case)
     pruned = upscale.export(repaired, (batches[0][:2],))
     left = flops(pruned, batches[0][:2]) / flops(dense, batches[0][:2])
     title = f"{case.network} {case.masks} {case.method} {case.asked} {case.share:g}"
     found = [accuracy(title, model, images) for model in (masked, pruned)]
     error = round(repaired.repair_report.outputs[1], 5)
-    seconds = round(between - start, 1), round(end - between, 1)
     device = batches[0].device
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     return Row(*astuple(case), len(images), before, *found, round(left, 4), error, *seconds, where)
+
+
+def in_turns(dense: nn.Module, batches: list[Tensor], case: Case) -> tuple[nn.Module, Any, tuple[float, float]]:
+    """The network as it is masked last, repaired, and the seconds that masks and repair took; in each turn the same
+    share of what is there is kept, as by ``prune(steps=)``."""
+    masking, repairing, repaired = 0.0, 0.0, dense
+    kept = case.share if case.asked == "flops" else 1 - case.share
+    for turn in range(1, case.turns + 1):
+        start = time.perf_counter()
+        left = kept ** (turn / case.turns)
+        here = replace(case, share=left if case.asked == "flops" else 1 - left) if turn < case.turns else case
+        masked = masked_by(repaired, batches, here)
+        between = time.perf_counter()
+        blocks = {"method": "blockwise", "steps": case.steps} if case.steps and turn == case.turns else {}
+        repaired = upscale.repair(masked, dense, batches, **blocks)
+        masking, repairing = masking + between - start, repairing + time.perf_counter() - between
+    return masked, repaired, (round(masking, 1), round(repairing, 1))
 
 
 def masked_by(dense: nn.Module, batches: list[Tensor], case: Case) -> nn.Module:
@@ -204,7 +217,7 @@ def _dense(rows: Sequence[Row]) -> str:
 
 def summary(rows: Sequence[Row]) -> str:
     """Top-1 after ridge regression alone: a line for each network, test and way of masking, a column for each share."""
-    plain = [row for row in rows if not row.steps]
+    plain = [row for row in rows if not row.steps and row.turns == 1]
     shares = {(row.asked, row.share) for row in plain}
     asked = sorted(shares, key=lambda one: (one[0], -one[1] if one[0] == "flops" else one[1]))
     lines = []
@@ -223,11 +236,12 @@ def _asked(asked: str, share: float) -> str:
 
 
 def _order(row: Row) -> tuple[Any, ...]:
-    return row.tested, row.asked, row.share, row.steps, MASKS.index(row.masks), row.method, row.calibration
+    return row.tested, row.asked, row.share, row.steps, row.turns, MASKS.index(row.masks), row.method, row.calibration
 
 
 def _line(row: Row) -> list[str]:
     repair = f"{row.steps} steps on blocks" if row.steps else "ridge"
+    repair += f", {row.turns} turns" if row.turns > 1 else ""
     numbers = [f"{row.flops:.3f}", f"{row.masked:.2f}", f"{row.repaired:.2f}", f"{row.dense - row.repaired:.2f}"]
     how = [TITLES[row.masks], row.method, repair, str(row.calibration), TESTED[row.tested]]
     return [_asked(row.asked, row.share), *how, *numbers]
@@ -241,7 +255,7 @@ def cases(name: str, chosen: argparse.Namespace, count: int, on: Tested) -> Iter
     shares = [("amount", amount) for amount in chosen.amounts] + [("flops", left) for left in chosen.flops]
     steps = chosen.steps if chosen.blockwise else 0
     for (asked, share), masks, method in itertools.product(shares, chosen.masks, chosen.methods):
-        yield Case(name, masks, method, asked, share, steps, count, on)
+        yield Case(name, masks, method, asked, share, steps, chosen.turns, count, on)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -255,6 +269,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--imagenet", choices=["mirrored", "unseen"], default="mirrored", help="see above")
     parser.add_argument("--calibration", type=int, help="calibrate on the first images only")
     parser.add_argument("--steps", type=int, default=BLOCK_STEPS, help="of the fit of blocks")
+    parser.add_argument("--turns", type=int, default=1, help="of masks and repair, by which the share is reached")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--limit", type=int, help="test on the first images only; nothing is written")
     chosen = parser.parse_args(arguments)

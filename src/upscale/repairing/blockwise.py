@@ -35,9 +35,7 @@ BLOCK_STEPS = 1000
 _EXAMPLES = 32  # of a step
 _RATE, _SHORTER = 3e-3, 4.0  # the first rate, and what it is divided by where it is too high
 _CHECKS = 8
-# What an example shows of an image: a part of this share of its sides at least, which may go so far beyond the edge (a
-# share of half a side).
-_SIDE, _SHIFT = 0.75, 0.125
+_SHIFT = 8  # images move by an eighth of their size at most
 BlockFit = tuple[str, float, float]
 
 
@@ -195,15 +193,17 @@ def _values(tape: Tape, leaves: Sequence[Tensor], ends: Sequence[fx.Node]) -> li
 
 
 def _moved(leaves: Sequence[Tensor], generator: torch.Generator) -> Sequence[Tensor]:
-    """Where a batch of images is all there is: each mirrored or not, and a part of it shown larger. The original
-    network says what is right for them too."""
+    """Where a batch of images is all there is: each mirrored or not, and shifted by whole pixels. The original network
+    says what is right for them too."""
     if len(leaves) > 1 or leaves[0].dim() != 4 or not leaves[0].is_floating_point():
         return leaves
     images = leaves[0]
-    drawn = torch.rand(4, len(images), generator=generator).to(images)
-    mirrored, side = 1 - 2 * (drawn[0] < 0.5).to(images), _SIDE + (1 - _SIDE) * drawn[1]
-    away = (1 + _SHIFT - side) * (2 * drawn[2:] - 1)  # of the part's centre from the image's, in halves of its size
-    still = torch.zeros_like(side)
-    rows = torch.stack([side * mirrored, still, away[0]], 1), torch.stack([still, side, away[1]], 1)
-    grid = F.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)
+    turned = 1.0 - 2.0 * torch.randint(2, (len(images),), generator=generator)
+    still, rows = torch.zeros_like(turned), []
+    for axis, size in enumerate((images.shape[3], images.shape[2])):
+        room = size // _SHIFT
+        pixels = torch.randint(-room, room + 1, (len(images),), generator=generator)
+        scales = (turned, still) if axis == 0 else (still, still + 1)
+        rows.append(torch.stack([*scales, 2 * pixels / size], 1))
+    grid = F.affine_grid(torch.stack(rows, 1).to(images), list(images.shape), align_corners=False)
     return [F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)]

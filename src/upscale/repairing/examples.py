@@ -54,13 +54,15 @@ class Examples:
 
     def _taken(self, numbers: Tensor) -> list[Tensor]:
         batches, rows = self._owners[numbers].unbind(1)
+        order = batches.argsort(stable=True)  # examples of a batch are taken together, and put back in their order
         found = []
         for leaf in range(len(self._inputs.leaves[0])):
             parts = []
             for batch in batches.unique().tolist():
                 held = self._inputs.leaves[batch][leaf]
                 parts.append(held[rows[batches == batch].to(held.device)])
-            found.append(torch.cat(parts))
+            together = torch.cat(parts)
+            found.append(together[order.argsort().to(together.device)])
         return found
 
     def _batch(self, number: int, held: bool) -> Drawn:
