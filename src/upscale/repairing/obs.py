@@ -171,12 +171,11 @@ def _problem(site: Site, moments: Moments) -> tuple[Tensor, Tensor, int]:
 
 
 def _scores_of_itself(site: Site, moments: Moments) -> Tensor:
-    """By the error of what the layer writes, relative to that; none if it never changes."""
+    """By the error of what the layer writes, relative to that without any channel; none if it never changes."""
     rows, gram, window = _problem(site, moments)
     path = eliminate(gram, rows, window, torch.ones_like(rows[..., 0]))
-    energy = float(((rows @ gram) * rows).sum())
-    costs = path.costs.numpy()
-    return _by_channel(path, np.cumsum(costs) / energy if energy else np.zeros_like(costs))
+    costs, varies = path.costs.numpy(), bool(((rows @ gram) * rows).sum() > 0)
+    return _by_channel(path, np.cumsum(costs) / costs.sum() if varies else np.zeros_like(costs))
 
 
 def _removed(site: Site, moments: Moments, factors: Tensor) -> _Removed:
