@@ -204,7 +204,7 @@ def _moved(leaves: Sequence[Tensor], generator: torch.Generator) -> Sequence[Ten
     part of it enlarged. The original network says what is right for them too."""
     if len(leaves) > 1 or leaves[0].dim() != 4 or not leaves[0].is_floating_point():
         return leaves
-    images = leaves[0]
+    images = leaves[0].to(torch.promote_types(leaves[0].dtype, torch.float32))
     turned = 1.0 - 2.0 * torch.randint(2, (len(images),), generator=generator)
     side = 1 - torch.rand(len(images), generator=generator) * (1 - _PART if min(images.shape[2:]) >= _LARGE else 0)
     still, rows = torch.zeros_like(side), []
@@ -214,4 +214,5 @@ def _moved(leaves: Sequence[Tensor], generator: torch.Generator) -> Sequence[Ten
         scales = (side * turned, still) if axis == 0 else (still, side)
         rows.append(torch.stack([*scales, 2 / size * (away * size / 2).round()], 1))
     grid = F.affine_grid(torch.stack(rows, 1).to(images), list(images.shape), align_corners=False)
-    return [F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)]
+    moved = F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+    return [moved.to(leaves[0].dtype)]
