@@ -12,12 +12,13 @@ DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 
 
-def test_the_quickstart_runs() -> None:
-    text = (DOCS / "quickstart.md").read_text()
+@pytest.mark.parametrize(("page", "least"), [("quickstart.md", 6), ("gpu.md", 2)])
+def test_the_examples_of_a_page_run(page: str, least: int) -> None:
+    text = (DOCS / page).read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(blocks) >= 6
+    assert len(blocks) >= least
     names: dict[str, object] = {"__name__": "__main__"}
-    exec(compile("\n".join(blocks), "docs/quickstart.md", "exec"), names)
+    exec(compile("\n".join(blocks), f"docs/{page}", "exec"), names)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
