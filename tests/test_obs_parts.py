@@ -16,7 +16,6 @@ from upscale.budget import count_flops
 from upscale.capture import capture
 from upscale.prices import channel_prices
 from upscale.ranking import Group
-from upscale.repairing import eliminate as elimination
 from upscale.repairing import sensitivity
 from upscale.repairing.curve import along, increments
 from upscale.repairing.eliminate import eliminate
@@ -42,16 +41,27 @@ def fitted(x: Tensor, y: Tensor, kept: list[int], window: int) -> Tensor:
     return weight
 
 
+@pytest.mark.parametrize(("damping", "first"), [(0.01, 0), (1.0, 1)])
+def test_damping_speaks_for_large_weights_on_what_is_idle_here(damping: float, first: int) -> None:
+    gram, weight = torch.diag(torch.tensor([1e-4, 1.0])).double(), torch.tensor([[2.0, 0.3]]).double()
+    path = eliminate(gram[None], weight[None], 1, torch.ones(1, 1, dtype=torch.float64), damping)
+    assert path.order.tolist() == [first, 1 - first]
+
+
+@pytest.mark.parametrize("damping", [-1.0, float("nan"), float("inf"), True, "much"])
+def test_a_wrong_damping_is_refused(damping: object) -> None:
+    with pytest.raises(upscale.InputError, match="damping must be a number"):
+        upscale.OBS([torch.rand(2, 3)], damping=damping)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("window", [1, 3])
-def test_each_removal_is_the_one_that_costs_least(window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_removal_is_the_one_that_costs_least(window: int) -> None:
     """Every candidate is tried by least squares on the rows themselves."""
-    monkeypatch.setattr(elimination, "_LITTLE", 0.0)
-    monkeypatch.setattr(elimination, "_MUCH", 0.0)
     channels = 7
     x = normal(400, channels * window) + 0.8 * normal(400, 1, seed=2)
     weight, factors = normal(4, channels * window, seed=3), torch.tensor([1.0, 0.0, 3.0, 0.2], dtype=torch.float64)
     y = x @ weight.mT
-    path = eliminate((x.mT @ x / 400)[None], weight[None], window, factors[None], range(1, channels + 1))
+    path = eliminate((x.mT @ x / 400)[None], weight[None], window, factors[None], 0.0, range(1, channels + 1))
     left, error = list(range(channels)), 0.0
     for number in range(channels):
         tried = {}
@@ -71,7 +81,7 @@ def test_groups_compete_for_the_next_removal() -> None:
     """A group's channels cannot make up for another's: each is refitted alone, and the cheaper one goes first."""
     grams = torch.stack([torch.eye(3, dtype=torch.float64)] * 2)
     weight = torch.tensor([[[1.0, 4.0, 2.0]], [[3.0, 0.5, 6.0]]], dtype=torch.float64)
-    path = eliminate(grams, weight, 1, torch.ones(2, 1, dtype=torch.float64), [3])
+    path = eliminate(grams, weight, 1, torch.ones(2, 1, dtype=torch.float64), 0.01, [3])
     assert path.order.tolist() == [4, 0, 2, 3, 1, 5]
     assert path.weights[3].flatten().tolist() == pytest.approx([0, 4, 0, 3, 0, 6])
 

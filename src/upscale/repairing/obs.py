@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
@@ -60,14 +61,21 @@ class OBS(FromBatches):
         What the model is called with; see :func:`upscale.importance.batches.feed`. Labels are ignored.
     seed:
         Of the places of the feature maps that are sampled, and of the directions in which outputs are differentiated.
+    damping:
+        What is added to the diagonal of the Gram matrix of what a layer reads, of its mean. The more, the less the
+        other channels are taken to make up for what goes, and the more weights count beside these examples: for few
+        examples of many kinds try 1.
     """
 
     compares_layers = True
     measures_error = True
 
-    def __init__(self, batches: object, seed: int = 0) -> None:
+    def __init__(self, batches: object, seed: int = 0, damping: float = 0.01) -> None:
         super().__init__(checked_batches(batches))
-        self._seed = seed
+        if isinstance(damping, bool) or not isinstance(damping, numbers.Real) or not 0 <= float(damping) < math.inf:
+            raise InputError(f"damping must be a number, zero or more, not {damping!r}")
+        self._seed: int = seed
+        self._damping: float = float(damping)
 
     def scores(self, subject: Subject) -> dict[str, Tensor]:
         """See :meth:`Importance.scores`. Raises ``InputError`` for the output side, and for layers whose weights are
@@ -82,7 +90,8 @@ class OBS(FromBatches):
             tape = Tape(pair.masked, inputs.device)
             frontier = Frontier((tape, tape), inputs.leaves, _KEPT)
             with progress_bar("obs", len(sites) + 2) as advance:
-                found = _Curves(Sensitivity(pair.masked, inputs, sites, self._seed), _followed(pair.masked, sites))
+                sensitivity = Sensitivity(pair.masked, inputs, sites, self._seed)
+                found = _Curves(sensitivity, _followed(pair.masked, sites), self._damping)
                 advance()
                 for number, site in enumerate(sites):
                     if site.name in subject.layers:
@@ -125,8 +134,9 @@ class _Removed:
 class _Curves:
     """The error curves of layers, of whose changed weights some are held until the network's errors are estimated."""
 
-    def __init__(self, sensitivity: Sensitivity, followed: Set[str]) -> None:
+    def __init__(self, sensitivity: Sensitivity, followed: Set[str], damping: float) -> None:
         self._sensitivity, self._factors, self._followed = sensitivity, sensitivity.factors(), followed
+        self._damping = damping
         self._pending: dict[str, _Removed] = {}
         self._found: dict[str, Tensor] = {}
         self._held = 0
@@ -135,9 +145,9 @@ class _Curves:
         """One more layer; ``moments``: of what it reads and writes."""
         factors = self._factors.get(site.name)
         if factors is None:
-            self._found[site.name] = _scores_of_itself(site, moments)
+            self._found[site.name] = _scores_of_itself(site, moments, self._damping)
             return
-        removed = _removed(site, moments, factors)
+        removed = _removed(site, moments, factors, self._damping)
         self._pending[site.name] = removed
         self._held += sum(change.weight.nbytes for change in removed.changes.values())
         if self._held > _CHANGES:
@@ -170,20 +180,20 @@ def _problem(site: Site, moments: Moments) -> tuple[Tensor, Tensor, int]:
     return rows, moments.regression(rows, site.shift is not None).gram, math.prod(site.geometry.window)
 
 
-def _scores_of_itself(site: Site, moments: Moments) -> Tensor:
+def _scores_of_itself(site: Site, moments: Moments, damping: float) -> Tensor:
     """By the error of what the layer writes, relative to that without any channel; none if it never changes."""
     rows, gram, window = _problem(site, moments)
-    path = eliminate(gram, rows, window, torch.ones_like(rows[..., 0]))
+    path = eliminate(gram, rows, window, torch.ones_like(rows[..., 0]), damping)
     costs, varies = path.costs.numpy(), bool(((rows @ gram) * rows).sum() > 0)
     return _by_channel(path, np.cumsum(costs) / costs.sum() if varies else np.zeros_like(costs))
 
 
-def _removed(site: Site, moments: Moments, factors: Tensor) -> _Removed:
+def _removed(site: Site, moments: Moments, factors: Tensor, damping: float) -> _Removed:
     """``factors``: how much the error of each output counts."""
     rows, gram, window = _problem(site, moments)
     channels = len(gram) * (gram.shape[1] // window)
     counts = sorted({math.ceil(share * channels) for share in _SHARES})
-    path = eliminate(gram, rows, window, factors.view(rows.shape[:2]).to(rows), counts)
+    path = eliminate(gram, rows, window, factors.view(rows.shape[:2]).to(rows), damping, counts)
     changes = {}
     for count, weight in path.weights.items():
         change = weight - rows
