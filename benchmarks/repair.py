@@ -46,6 +46,7 @@ MASKS = ("l2", "obs", "global")
 TITLES = {"l2": "L2", "obs": "OBS", "global": "OBS, global"}
 TESTED: dict[Tested, str] = {"whole": "whole test set", "mirrored": "mirrored", "unseen": "unseen classes"}
 OUT = ROOT / "docs" / "accuracy"
+DAMPING = 0.01  # of OBS, unless told otherwise
 _CALIBRATION = 1024
 _BATCH = {32: 128, 224: 25}  # by size of the image
 
@@ -121,10 +122,12 @@ def tested(name: str, on: Tested) -> Images:
     return images if on == "whole" else images.of(range(1, len(images), 2))
 
 
-def measured(dense: nn.Module, batches: list[Tensor], images: Images, before: float, case: Case) -> Row:
+def measured(
+    dense: nn.Module, batches: list[Tensor], images: Images, before: float, case: Case, damping: float = DAMPING
+) -> Row:
     """Mask, repair, export, and run the masked and the exported network over the test images. ``before``: the dense
-    network's top-1."""
-    masked, repaired, seconds = in_turns(dense, batches, case)
+    network's top-1; ``damping``: of OBS."""
+    masked, repaired, seconds = in_turns(dense, batches, case, damping)
     pruned = upscale.export(repaired, (batches[0][:2],))
     left = flops(pruned, batches[0][:2]) / flops(dense, batches[0][:2])
     title = f"{case.network} {case.masks} {case.method} {case.asked} {case.share:g}"
@@ -135,7 +138,9 @@ def measured(dense: nn.Module, batches: list[Tensor], images: Images, before: fl
     return Row(*astuple(case), len(images), before, *found, round(left, 4), error, *seconds, where)
 
 
-def in_turns(dense: nn.Module, batches: list[Tensor], case: Case) -> tuple[nn.Module, Any, tuple[float, float]]:
+def in_turns(
+    dense: nn.Module, batches: list[Tensor], case: Case, damping: float
+) -> tuple[nn.Module, Any, tuple[float, float]]:
     """The network as it is masked last, repaired, and the seconds that masks and repair took; in each turn the same
     share of what is there is kept, as by ``prune(steps=)``."""
     masking, repairing, repaired = 0.0, 0.0, dense
@@ -144,7 +149,7 @@ def in_turns(dense: nn.Module, batches: list[Tensor], case: Case) -> tuple[nn.Mo
         start = time.perf_counter()
         left = kept ** (turn / case.turns)
         here = replace(case, share=left if case.asked == "flops" else 1 - left) if turn < case.turns else case
-        masked = masked_by(repaired, batches, here)
+        masked = masked_by(repaired, batches, here, damping)
         between = time.perf_counter()
         blocks = {"method": "blockwise", "steps": case.steps} if case.steps and turn == case.turns else {}
         repaired = upscale.repair(masked, dense, batches, **blocks)
@@ -152,11 +157,11 @@ def in_turns(dense: nn.Module, batches: list[Tensor], case: Case) -> tuple[nn.Mo
     return masked, repaired, (round(masking, 1), round(repairing, 1))
 
 
-def masked_by(dense: nn.Module, batches: list[Tensor], case: Case) -> nn.Module:
+def masked_by(dense: nn.Module, batches: list[Tensor], case: Case, damping: float) -> nn.Module:
     """The masked network. A budget for L2 or OBS masks is met by the same share of every layer."""
     how: dict[str, Any] = {"method": case.method, case.asked: case.share, "is_global": case.masks == "global"}
     if case.masks != "l2":
-        how["calibration"] = batches
+        how["importance"] = upscale.OBS(batches, damping=damping)
     masked: nn.Module = upscale.mask(dense, batches[0][:2], **how)
     return masked
 
@@ -272,6 +277,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--turns", type=int, default=1, help="of masks and repair, by which the share is reached")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--limit", type=int, help="test on the first images only; nothing is written")
+    parser.add_argument("--damping", type=float, default=DAMPING, help="of OBS; with another nothing is written")
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(1)
     for name in chosen.nets:
@@ -282,12 +288,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         dense, images = load(name).to(chosen.device), tested(name, on)
         batches = calibration(name, on, chosen.calibration, chosen.device)
         images = images if chosen.limit is None else images.first(chosen.limit)
-        done = set() if chosen.limit else {row.case for row in written()}
+        is_kept = chosen.limit is None and chosen.damping == DAMPING
+        done = {row.case for row in written()} if is_kept else set()
         todo = [case for case in cases(name, chosen, sum(map(len, batches)), on) if case not in done]
         before = accuracy(f"{name} dense", dense, images) if todo else 0.0
         for case in todo:
-            row = measured(dense, batches, images, before, case)
-            if chosen.limit is None:
+            row = measured(dense, batches, images, before, case, chosen.damping)
+            if is_kept:
                 write([*written(), row])
             print(row, flush=True)
     if written():
