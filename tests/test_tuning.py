@@ -113,3 +113,9 @@ def test_rates_decide_how_a_tensor_is_read() -> None:
         inner[name] = sorted(head.in_channels for head in pruned.heads)
     assert inner["free"] == [10, 11, 11]
     assert inner["dear"][-1] == 16
+
+
+def test_what_the_host_takes_for_a_call_is_measured_and_nothing_random_is_drawn() -> None:
+    before = torch.get_rng_state()
+    taken = tuning._Bench(torch.device("cpu"), torch.float64).issue()
+    assert 0 < taken < 1e8 and torch.equal(torch.get_rng_state(), before)
