@@ -18,7 +18,7 @@ def job(model: str, backend: str = "eager") -> Job:
     return Job(Source("", f"support.bench_models:{model}"), setting, ("unpruned", "auto"), Budget(5, 1, 1.0), 120.0)
 
 
-def test_all_are_timed_and_what_fails_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_are_timed_and_what_fails_keeps_nobody_waiting() -> None:
     jobs = [job("small"), job("missing"), job("small", "cudagraphs")]
     found = {(rows[0].model, rows[0].backend): rows for rows in cuda.measured(jobs, at_once=3)}
     assert len(found) == 3

@@ -114,15 +114,13 @@ def prune(
     """
     batches = None if calibration is None else list(checked_batches(calibration))  # gone over twice
     by_them = _is_named(masking.get("importance", "auto"), "auto", "obs")
-    report = None
     if batches is None:
         masked = mask(model, args, kwargs, **masking)
     elif by_them:
         masked = _in_turns(model, args, kwargs, batches, ridge, **masking)
-        report = masked.repair_report
     else:
         masked = repair(mask(model, args, kwargs, **masking), checked_model(model), batches, ridge)
-        report = masked.repair_report
+    report = None if batches is None else masked.repair_report
     example = tuple(args) if isinstance(args, (tuple, list)) else (args,)
     pruned = export(masked, example, kwargs, dynamic_shapes=dynamic_shapes, reads=reads, target=target, verify=verify)
     if report is not None:

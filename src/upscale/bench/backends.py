@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import os
 import shutil
@@ -52,12 +53,12 @@ def cudagraphs(model: nn.Module, args: tuple[Any, ...], setting: Setting) -> Pre
         torch.cuda.current_stream().wait_stream(aside)
         with torch.cuda.graph(graph):
             model(*args)
+    return functools.partial(_replayed, graph, (model, args))
 
-    def replayed(*inputs: Any) -> None:
-        assert model is not None and args is not None  # the graph reads their memory: they must live as long as it
-        graph.replay()  # the inputs are always the same
 
-    return replayed
+def _replayed(graph: torch.cuda.CUDAGraph, held: tuple[Any, ...], *inputs: Any) -> None:
+    """One more call on the same inputs. ``held``: what the graph reads, which must live as long as it."""
+    graph.replay()
 
 
 def has_compiler() -> bool:

@@ -54,7 +54,7 @@ class Examples:
 
     def _taken(self, numbers: Tensor) -> list[Tensor]:
         batches, rows = self._owners[numbers].unbind(1)
-        order = batches.argsort(stable=True)  # examples of a batch are taken together, and put back in their order
+        back = batches.argsort(stable=True).argsort()  # examples of a batch are taken together, and put back in order
         found = []
         for leaf in range(len(self._inputs.leaves[0])):
             parts = []
@@ -62,7 +62,7 @@ class Examples:
                 held = self._inputs.leaves[batch][leaf]
                 parts.append(held[rows[batches == batch].to(held.device)])
             together = torch.cat(parts)
-            found.append(together[order.argsort().to(together.device)])
+            found.append(together[back.to(together.device)])
         return found
 
     def _batch(self, number: int, held: bool) -> Drawn:
