@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import upscale
 from support.oracle import check_equal, randomise
 from upscale import InputError, Target
+from upscale.capture import capture
 
 
 class Readers(nn.Module):
@@ -112,6 +113,36 @@ def test_a_gather_of_neighbouring_channels_is_one_of_table_rows() -> None:
     for reader in pruned.readers:
         reader.register_forward_pre_hook(_check_channels_last)
     pruned(x)
+
+
+class Pooled(nn.Module):
+    """Three readers of one tensor, one of them through a pooling over all places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 256, 1)
+        self.one, self.two = (nn.Conv2d(256, 64, 3, padding=1) for _ in range(2))
+        self.pooled = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(256, 256, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.stem(x).relu()
+        return (self.one(y) + self.two(y)).mean((1, 2, 3)) + self.pooled(y).sum((1, 2, 3))
+
+
+@torch.no_grad()
+def test_a_pooled_tensor_is_read_from_behind_the_pooling() -> None:
+    """There the gather costs next to nothing, and without the pooling's reader the other two read slices."""
+    model = randomise(Pooled().double().eval())
+    generator = torch.Generator().manual_seed(0)
+    for reader in (model.one, model.two, model.pooled[1]):
+        reader.weight[:, torch.randperm(256, generator=generator)[:128]] = 0
+    x = image(4, 24)
+    pruned = upscale.export(model, (x,))
+    check_equal(model, pruned, x)
+    nodes = capture(pruned, (x,)).graph.nodes
+    assert [n.args[0].meta["val"].shape[2:] for n in nodes if "index_select" in str(n.target)] == [(1, 1)]
+    assert pruned.report.reads["view"] == 2
+    assert "movedim" not in pruned.code, "one place: there are no rows of a table"
 
 
 @torch.no_grad()

@@ -71,7 +71,8 @@ class Setting:
 @dataclass(frozen=True)
 class Memory:
     """How a range of channels lies in memory. ``channel``: bytes of one channel over the whole batch. ``stretches``:
-    how many separate stretches a range of channels is. ``innermost``: channels are neighbours."""
+    how many separate stretches a range of channels is. ``innermost``: channels are neighbours, of one place after the
+    other."""
 
     channel: float
     stretches: float
@@ -87,7 +88,8 @@ def memory_of(node: Node, dim: int, examples: float) -> Memory:
     dim = min(dim, len(sizes) - 1)  # a list of parts: each may have a dimension less than what was parted
     outer = float(np.prod([s for s, step in zip(sizes, strides, strict=True) if step > strides[dim]]))
     rest = float(np.prod([s for d, s in enumerate(sizes) if d != dim])) * examples
-    innermost = strides[dim] == 1 and outer > 1 and rest > examples
+    places = float(np.prod([s for d, s in enumerate(sizes) if d not in (0, dim)]))  # of one example
+    innermost = strides[dim] == 1 and outer > 1 and places > 1
     return Memory(rest * value.dtype.itemsize, max(1.0, outer * examples), innermost)
 
 

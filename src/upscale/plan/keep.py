@@ -14,9 +14,14 @@ from torch.fx import Node
 from ..flow import Flow, FlowNode, Link
 from ..flow.effects import Contract, Mixing, reads_values
 from ..flow.groups import grouped_inputs, grouped_rows
+from .cost import memory_of
 from .rounding import Rounding
 from .sources import choose_virtual, locate
 from .union import DisjointSets
+
+# An operator that leaves so many times less of a channel is read from behind it: there a gather costs next to nothing,
+# while in front of it it costs as much as the operator itself.
+_SMALLER = 16
 
 
 @dataclass(frozen=True)
@@ -176,10 +181,14 @@ class _Decision:
             return False
         if self.flow.nodes[links[0].operand].kind == "list":
             return False
-        if self._channels(f.node).unit_count != len(self.flow.live[f.node]):
+        if self._channels(f.node).unit_count != len(self.flow.live[f.node]) or self._reduces(f, links[0].operand):
             return False
         live, wants = self.flow.live[f.node], self.wants[f.node]
         return bool(wants) and all(w is not None and np.array_equal(w, live) for w in wants)
+
+    def _reduces(self, f: FlowNode, operand: Node) -> bool:
+        before, after = self._channels(operand), self._channels(f.node)
+        return _SMALLER * memory_of(f.node, after.dim, 1).channel <= memory_of(operand, before.dim, 1).channel
 
     def _want(self, link: Link, wanted: np.ndarray, tie: bool, reader: FlowNode | None) -> None:
         """Record that positions ``wanted`` (of the reader's side) of a link are read; ``tie``: all that is kept."""
