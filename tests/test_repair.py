@@ -468,11 +468,11 @@ def test_whole_batches_are_fitted_where_they_cannot_be_taken_apart() -> None:
 
 
 def test_a_rate_that_is_too_high_is_lowered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On some networks the usual rate is: the fit starts again, and gets somewhere in the steps that are left."""
+    """Where the error explodes, the fit starts again, and gets somewhere in the steps that are left."""
     monkeypatch.setattr(blockwise, "_RATE", 1.0)
     model, masked, x = residual()
     ridge = upscale.repair(masked, model, [x], progress=False)
-    both = upscale.repair(masked, model, [x], method="blockwise", steps=100, progress=False)
+    both = upscale.repair(masked, model, [x], method="blockwise", steps=300, progress=False)
     assert both.repair_report.outputs[1] < 0.9 * ridge.repair_report.outputs[1]
 
 

@@ -32,9 +32,11 @@ from .tape import Tape
 __all__ = ["BLOCK_STEPS", "BlockFit", "fit_blocks"]
 
 BLOCK_STEPS = 1000
-_EXAMPLES = 32  # of a step
-_RATE, _SHORTER = 3e-3, 4.0  # the first rate, and what it is divided by where it is too high
-_CHECKS = 8
+_EXAMPLES, _LARGE_EXAMPLES = 32, 16  # of a step; of large images
+_RATE, _SHORTER = 0.03, 4.0  # the first rate, and what it is divided by where it is too high
+_WARMUP = 20  # steps until a rate is reached
+_CHECKS, _TOO_HIGH = 8, 2.0  # a rate is too high if the error is so many times the least so far
+_LEAST_SCALE = 1e-3  # of a tensor whose values are all but zero
 _SHIFT = 8  # images move by an eighth of their size at most
 _LARGE, _PART = 64, 0.6  # pixels from which on images are large; the least part of their sides that is enlarged
 BlockFit = tuple[str, float, float]
@@ -130,22 +132,26 @@ class _Fit:
         self._ours, self._theirs = _Fitted(pair.masked, inputs.device), Tape(pair.original, inputs.device)
         self._examples = Examples(pair.masked, inputs)
         self._values = [entry.tensor.detach().clone().requires_grad_() for entry in free]
+        self._count = _LARGE_EXAMPLES if _are_large(inputs.leaves[0][0]) else _EXAMPLES
 
     def fitted(self) -> list[Tensor]:
         """The tensors as they are now; what was zero is zero."""
         return [(value * entry.kept).detach() for entry, value in zip(self._free, self._values, strict=True)]
 
     def descend(self, steps: int, seed: int, progress: bool, before: Sequence[float]) -> None:
-        """Adam on the mean of the ends' relative square errors, its rate falling along a cosine. Where that mean has
-        grown on held-out examples, from ``before`` or from the least so far, it goes on from there, at a lower rate.
-        What is least is what is left in the end."""
+        """Adam on the mean of the ends' relative square errors, its rate falling along a cosine. What had the least
+        mean on held-out examples, where it was looked at, is what is left in the end; it is gone back to, at a lower
+        rate, where that mean has grown to ``_TOO_HIGH`` times as much."""
         best, least = [value.detach().clone() for value in self._values], fmean(before)
-        rate, optimiser = _RATE, torch.optim.Adam(self._values)
+        rate, since, optimiser = _RATE, 0, self._optimiser()
         generator = torch.Generator().manual_seed(seed)
         checks = {steps * number // _CHECKS for number in range(1, _CHECKS + 1)}
         with progress_bar("blocks", steps, shown=progress) as advance:
             for step in range(steps):
-                optimiser.param_groups[0]["lr"] = rate * (1 + math.cos(math.pi * step / steps)) / 2
+                since += 1
+                share = rate * (1 + math.cos(math.pi * step / steps)) / 2 * min(1.0, since / _WARMUP)
+                for group in optimiser.param_groups:
+                    group["lr"] = share * group["scale"]
                 self._step(optimiser, generator)
                 advance()
                 if step + 1 not in checks:
@@ -153,9 +159,17 @@ class _Fit:
                 found = fmean(self.errors())
                 if found <= least:
                     best, least = [value.detach().clone() for value in self._values], found
-                else:
+                elif not found <= _TOO_HIGH * least:
                     self._set(best)
-                    rate, optimiser = rate / _SHORTER, torch.optim.Adam(self._values)
+                    rate, since, optimiser = rate / _SHORTER, 0, self._optimiser()
+        self._set(best)
+
+    def _optimiser(self) -> torch.optim.Adam:
+        """A step of Adam is of one size whatever the gradient: here it is a share of a tensor's root mean square."""
+        return torch.optim.Adam(
+            {"params": [value], "scale": max(_root_mean_square(value[entry.kept]), _LEAST_SCALE)}
+            for entry, value in zip(self._free, self._values, strict=True)
+        )
 
     def _set(self, values: Sequence[Tensor]) -> None:
         with torch.no_grad():
@@ -164,7 +178,7 @@ class _Fit:
 
     @torch.enable_grad()
     def _step(self, optimiser: torch.optim.Optimizer, generator: torch.Generator) -> None:
-        leaves, used = self._examples.draw(_EXAMPLES, generator)
+        leaves, used = self._examples.draw(self._count, generator)
         wrong, scale = self._wrong(_moved(leaves, generator), used)
         optimiser.zero_grad()
         torch.stack([w / s for w, s in zip(wrong, scale, strict=True)]).mean().backward()
@@ -199,6 +213,14 @@ def _values(tape: Tape, leaves: Sequence[Tensor], ends: Sequence[fx.Node]) -> li
     return [state.values[node] for node in ends]
 
 
+def _root_mean_square(values: Tensor) -> float:
+    return float(values.detach().square().mean().sqrt()) if values.numel() else 0.0
+
+
+def _are_large(images: Tensor) -> bool:
+    return images.dim() == 4 and min(images.shape[2:]) >= _LARGE
+
+
 def _moved(leaves: Sequence[Tensor], generator: torch.Generator) -> Sequence[Tensor]:
     """Where a batch of images is all there is: each mirrored or not, shifted by whole pixels, and, if it is large, a
     part of it enlarged. The original network says what is right for them too."""
@@ -206,7 +228,7 @@ def _moved(leaves: Sequence[Tensor], generator: torch.Generator) -> Sequence[Ten
         return leaves
     images = leaves[0].to(torch.promote_types(leaves[0].dtype, torch.float32))
     turned = 1.0 - 2.0 * torch.randint(2, (len(images),), generator=generator)
-    side = 1 - torch.rand(len(images), generator=generator) * (1 - _PART if min(images.shape[2:]) >= _LARGE else 0)
+    side = 1 - torch.rand(len(images), generator=generator) * (1 - _PART if _are_large(images) else 0)
     still, rows = torch.zeros_like(side), []
     for axis, size in enumerate((images.shape[3], images.shape[2])):
         room = 1 - side + 2 * (size // _SHIFT) / size  # in halves of the size
