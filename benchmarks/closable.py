@@ -19,8 +19,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from upscale.contiguous import Arrangement, Chain, Piece, Reader, Space, agreed, arrange, free
+from upscale.contiguous import Chain, Piece, Reader, Space, agreed, arrange, free
 from upscale.contiguous.transport import assign
+from upscale.retained import Retained, SpaceRetained
 
 MOST = 200_000  # combinations of intervals that are all tried
 
@@ -59,11 +60,7 @@ def _ordered(scores: np.ndarray, keep: int, starts: Sequence[int]) -> float:
 def closed(space: Space, retained: float) -> float:
     """The share of the gap."""
     low, high = float(agreed(space).retained.sum()), float(free(space).sum())
-    return (retained - low) / (high - low)
-
-
-def retained(arrangement: Arrangement) -> float:
-    return float(arrangement.retained.sum())
+    return Retained((SpaceRetained((), (), 0.0, low, retained, high),)).closed
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -74,18 +71,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--common", type=float, nargs="+", default=[0.0, 0.5], help="correlation of the scores")
     parser.add_argument("--families", type=int, default=5)
     chosen = parser.parse_args(arguments)
+    if min(chosen.channels - 1, chosen.families, *chosen.readers) < 1 or not all(0 < a < 1 for a in chosen.amounts):
+        parser.error("at least two channels, a family and a reader are needed, and amounts between 0 and 1")
     console = Console(width=100)
     table = Table(title=f"Gap closed, {chosen.channels} channels, median of {chosen.families} families")
     for title in ("readers", "masked", "correlation", "best", "found"):
         table.add_column(title, justify="right")
     settings = list(product(chosen.readers, chosen.amounts, chosen.common))
     for readers, amount, common in track(settings, "searching", console=Console(stderr=True), transient=True):
-        keep = chosen.channels - max(1, round(amount * chosen.channels))
+        keep = max(1, chosen.channels - max(1, round(amount * chosen.channels)))
         random = np.random.default_rng(0)
         spaces = [family(random, chosen.channels, readers, keep, common) for _ in range(chosen.families)]
         is_small = (chosen.channels - keep + 1) ** readers <= MOST
         most = f"{median(closed(s, best(s)) for s in spaces):.0%}" if is_small else "-"
-        found = median(closed(s, retained(arrange(s))) for s in spaces)
+        found = median(closed(s, float(arrange(s).retained.sum())) for s in spaces)
         table.add_row(str(readers), f"{amount:.0%}", f"{common:g}", most, f"{found:.0%}")
     console.print(table)
 

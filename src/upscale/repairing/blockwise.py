@@ -56,8 +56,7 @@ def fit_blocks(
         return ()
     fit = _Fit(pair, inputs, free, ends)
     before, start = fit.errors(), outputs.error()
-    fit.descend(steps, seed, progress, before)
-    after = fit.errors()
+    after = fit.descend(steps, seed, progress, before)
     present = [entry.tensor.detach().clone() for entry in free]
     for entry, value in zip(free, fit.fitted(), strict=True):
         entry.write(value)
@@ -138,11 +137,12 @@ class _Fit:
         """The tensors as they are now; what was zero is zero."""
         return [(value * entry.kept).detach() for entry, value in zip(self._free, self._values, strict=True)]
 
-    def descend(self, steps: int, seed: int, progress: bool, before: Sequence[float]) -> None:
+    def descend(self, steps: int, seed: int, progress: bool, before: list[float]) -> list[float]:
         """Adam on the mean of the ends' relative square errors, its rate falling along a cosine. What had the least
         mean on held-out examples, where it was looked at, is what is left in the end; it is gone back to, at a lower
-        rate, where that mean has grown to ``_TOO_HIGH`` times as much."""
-        best, least = [value.detach().clone() for value in self._values], fmean(before)
+        rate, where that mean has grown to ``_TOO_HIGH`` times as much. ``before``: the ends' errors; returns those that
+        are left."""
+        best, least = [value.detach().clone() for value in self._values], before
         rate, since, optimiser = _RATE, 0, self._optimiser()
         generator = torch.Generator().manual_seed(seed)
         checks = {steps * number // _CHECKS for number in range(1, _CHECKS + 1)}
@@ -156,13 +156,14 @@ class _Fit:
                 advance()
                 if step + 1 not in checks:
                     continue
-                found = fmean(self.errors())
-                if found <= least:
+                found = self.errors()
+                if fmean(found) <= fmean(least):
                     best, least = [value.detach().clone() for value in self._values], found
-                elif not found <= _TOO_HIGH * least:
+                elif not fmean(found) <= _TOO_HIGH * fmean(least):
                     self._set(best)
                     rate, since, optimiser = rate / _SHORTER, 0, self._optimiser()
         self._set(best)
+        return least
 
     def _optimiser(self) -> torch.optim.Adam:
         """A step of Adam is of one size whatever the gradient: here it is a share of a tensor's root mean square."""
