@@ -634,35 +634,3 @@ def test_the_examples_of_the_documentation_run(capsys: pytest.CaptureFixture[str
     for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
         exec(compile(code, "docs/repair.md", "exec"), names)
     assert "held-out" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_small_images_are_moved_by_whole_pixels_each_on_its_own(dtype: torch.dtype) -> None:
-    images = torch.rand(8, 2, 32, 24, dtype=torch.float64).to(dtype)
-    (moved,) = blockwise._moved([images], torch.Generator().manual_seed(0))
-    assert moved.dtype == dtype and moved.shape == images.shape
-    inner = moved[:, :, 4:28, 3:21]
-    seen = set()
-    for before, after in zip(images, inner, strict=True):
-        found = [
-            (turned, down, right)
-            for turned in (False, True)
-            for down in range(-4, 5)
-            for right in range(-3, 4)
-            for shown in [(before.flip(2) if turned else before)[:, 4 + down : 28 + down, 3 + right : 21 + right]]
-            if torch.allclose(shown, after, rtol=1e-6, atol=1e-6)
-        ]
-        assert len(found) == 1, "mirrored or not, and shifted"
-        seen.add(found[0])
-    assert len(seen) > 4 and len({turned for turned, _, _ in seen}) == 2
-
-
-def test_parts_of_large_images_are_enlarged() -> None:
-    """Of an image whose values are its places, what is shown spans six to ten tenths of each side."""
-    place = torch.linspace(0, 1, 80, dtype=torch.float64)
-    images = torch.stack(torch.meshgrid(place, place, indexing="ij")).expand(32, 2, 80, 80)
-    (moved,) = blockwise._moved([images], torch.Generator().manual_seed(0))
-    inner = moved[:, :, 20:60, 20:60]  # no edge is seen in there
-    spans = (inner.amax((2, 3)) - inner.amin((2, 3))) / (place[59] - place[20])
-    torch.testing.assert_close(spans[:, 0], spans[:, 1], rtol=1e-6, atol=1e-6)
-    assert 0.58 < float(spans.min()) < 0.7 and 0.9 < float(spans.max()) < 1.01

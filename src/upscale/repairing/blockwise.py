@@ -15,7 +15,6 @@ from statistics import fmean
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ..aliases import argument
@@ -28,17 +27,17 @@ from .pair import Inputs, Pair
 from .segments import find_segments
 from .sites import is_frozen, writer
 from .tape import Tape
+from .views import View, are_images, are_large, shown, views_of
 
 __all__ = ["BLOCK_STEPS", "BlockFit", "fit_blocks"]
 
 BLOCK_STEPS = 1000
 _EXAMPLES, _LARGE_EXAMPLES = 32, 16  # of a step; of large images
-_RATE, _SHORTER = 0.03, 4.0  # the first rate, and what it is divided by where it is too high
+_RATE, _SHORTER = 0.03, 2.0  # the first rate, and what it is divided by where it is too high
 _WARMUP = 20  # steps until a rate is reached
-_CHECKS, _TOO_HIGH = 8, 1.5  # a rate is too high if the error is so many times the least so far
+_CHECKS, _EARLY = 8, 4  # looks at the error, and how many of them the first is made of
+_TOO_HIGH = 1.5  # a rate is too high if the error is so many times the least so far
 _LEAST_SCALE = 1e-3  # of a tensor whose values are all but zero
-_SHIFT = 8  # images move by an eighth of their size at most
-_LARGE, _PART = 64, 0.6  # pixels from which on images are large; the least part of their sides that is enlarged
 BlockFit = tuple[str, float, float]
 
 
@@ -131,7 +130,9 @@ class _Fit:
         self._ours, self._theirs = _Fitted(pair.masked, inputs.device), Tape(pair.original, inputs.device)
         self._examples = Examples(pair.masked, inputs)
         self._values = [entry.tensor.detach().clone().requires_grad_() for entry in free]
-        self._count = _LARGE_EXAMPLES if _are_large(inputs.leaves[0][0]) else _EXAMPLES
+        first = inputs.leaves[0]
+        self._count = _LARGE_EXAMPLES if are_images(first) and are_large(first[0]) else _EXAMPLES
+        self._view = self._cheapest(views_of(first[0])) if are_images(first) else None
 
     def fitted(self) -> list[Tensor]:
         """The tensors as they are now; what was zero is zero."""
@@ -145,7 +146,7 @@ class _Fit:
         best, least = [value.detach().clone() for value in self._values], before
         rate, since, optimiser = _RATE, 0, self._optimiser()
         generator = torch.Generator().manual_seed(seed)
-        checks = {steps * number // _CHECKS for number in range(1, _CHECKS + 1)}
+        checks = _checks(steps)
         with progress_bar("blocks", steps, shown=progress) as advance:
             for step in range(steps):
                 since += 1
@@ -180,10 +181,30 @@ class _Fit:
     @torch.enable_grad()
     def _step(self, optimiser: torch.optim.Optimizer, generator: torch.Generator) -> None:
         leaves, used = self._examples.draw(self._count, generator)
-        wrong, scale = self._wrong(_moved(leaves, generator), used)
+        wrong, scale = self._wrong(self._shown(leaves, generator), used)
         optimiser.zero_grad()
         torch.stack([w / s for w, s in zip(wrong, scale, strict=True)]).mean().backward()
         optimiser.step()
+
+    def _shown(self, leaves: Sequence[Tensor], generator: torch.Generator) -> Sequence[Tensor]:
+        return leaves if self._view is None else [shown(leaves[0], self._view, generator)]
+
+    def _cheapest(self, views: Sequence[View]) -> View:
+        return next(filter(self._suits, views[:-1]), views[-1])
+
+    @torch.no_grad()
+    def _suits(self, view: View) -> bool:
+        """Whether the networks accept ``view``, and what they give for it differs in height and width at most."""
+        generator = torch.Generator().manual_seed(0)
+        (images,), _ = self._examples.draw(self._count, generator)
+        leaves = [shown(images, view, generator)]
+        try:
+            found = _values(self._theirs, leaves, self._targets) + _values(self._ours, leaves, self._ends)
+        except (RuntimeError, IndexError, ValueError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            return False
+        return all(_differ_in_size_only(v, node) for v, node in zip(found, [*self._ends, *self._ends], strict=True))
 
     @torch.no_grad()
     def errors(self) -> list[float]:
@@ -214,28 +235,18 @@ def _values(tape: Tape, leaves: Sequence[Tensor], ends: Sequence[fx.Node]) -> li
     return [state.values[node] for node in ends]
 
 
+def _checks(steps: int) -> set[int]:
+    """After how many steps the error is looked at: more often at first, when a rate shows that it is too high."""
+    first = steps // _CHECKS
+    return {steps * k // _CHECKS for k in range(1, _CHECKS + 1)} | {first * k // _EARLY for k in range(1, _EARLY)}
+
+
+def _differ_in_size_only(value: Tensor, node: fx.Node) -> bool:
+    """Whether ``value`` is like what capture saw, but for the height and width of an image, and the batch."""
+    seen = node.meta["val"]
+    sizes = slice(1, 2) if seen.dim() == 4 else slice(1, None)
+    return value.dim() == seen.dim() and value.shape[sizes] == seen.shape[sizes]
+
+
 def _root_mean_square(values: Tensor) -> float:
     return float(values.detach().square().mean().sqrt()) if values.numel() else 0.0
-
-
-def _are_large(images: Tensor) -> bool:
-    return images.dim() == 4 and min(images.shape[2:]) >= _LARGE
-
-
-def _moved(leaves: Sequence[Tensor], generator: torch.Generator) -> Sequence[Tensor]:
-    """Where a batch of images is all there is: each mirrored or not, shifted by whole pixels, and, if it is large, a
-    part of it enlarged. The original network says what is right for them too."""
-    if len(leaves) > 1 or leaves[0].dim() != 4 or not leaves[0].is_floating_point():
-        return leaves
-    images = leaves[0].to(torch.promote_types(leaves[0].dtype, torch.float32))
-    turned = 1.0 - 2.0 * torch.randint(2, (len(images),), generator=generator)
-    side = 1 - torch.rand(len(images), generator=generator) * (1 - _PART if _are_large(images) else 0)
-    still, rows = torch.zeros_like(side), []
-    for axis, size in enumerate((images.shape[3], images.shape[2])):
-        room = 1 - side + 2 * (size // _SHIFT) / size  # in halves of the size
-        away = room * (2 * torch.rand(len(images), generator=generator) - 1)
-        scales = (side * turned, still) if axis == 0 else (still, side)
-        rows.append(torch.stack([*scales, 2 / size * (away * size / 2).round()], 1))
-    grid = F.affine_grid(torch.stack(rows, 1).to(images), list(images.shape), align_corners=False)
-    moved = F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
-    return [moved.to(leaves[0].dtype)]
