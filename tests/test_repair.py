@@ -613,6 +613,35 @@ def test_prune_repairs_and_exports() -> None:
     assert (pruned(x) - wanted).square().sum() < 0.5 * (plain(x) - wanted).square().sum()
 
 
+@pytest.mark.parametrize("turns", [1, 2])
+def test_prune_fits_blocks_in_its_last_turn(turns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _, x = residual()
+    asked: list[dict[str, Any]] = []
+
+    def spied(*args: Any, **how: Any) -> Any:
+        asked.append(how)
+        return upscale.repair(*args, **how)
+
+    monkeypatch.setattr("upscale.one_call.repair", spied)
+    pruned = upscale.prune(model, x[:2], amount=0.5, calibration=[x], ridge=0.1, steps=turns, blocks=40)
+    assert asked == [{"ridge": 0.1}] * (turns - 1) + [{"ridge": 0.1, "method": "blockwise", "steps": 40}]
+    assert [name for name, *_ in pruned.repair_report.blocks] == ["1", "2", "5"]
+    assert "3 of 3 blocks" in pruned.repair_report.summary()
+    plain = upscale.prune(model, x[:2], amount=0.5, calibration=[x], ridge=0.1, steps=turns)
+    assert not plain.repair_report.blocks and "blocks" not in plain.repair_report.summary()
+    assert pruned.repair_report.outputs[1] < plain.repair_report.outputs[1]
+
+
+@pytest.mark.parametrize(
+    ("blocks", "data", "message"),
+    [(-1, True, "0 or more, not -1"), (2.0, True, "not 2.0"), (True, True, "not True"), (5, False, "blocks=5 fits to")],
+)
+def test_blocks_that_cannot_be_fitted_are_refused(blocks: Any, data: bool, message: str) -> None:
+    model, _, x = small()
+    with pytest.raises(InputError, match=message):
+        upscale.prune(model, x[:2], amount=0.5, calibration=[x] if data else None, blocks=blocks)
+
+
 def test_the_report_survives_copies_and_pickle() -> None:
     model, masked, x = small()
     pruned = upscale.prune(model, x[:2], amount=0.5, calibration=[x])

@@ -71,6 +71,16 @@ def test_prune_says_what_the_repair_did(command: Command, capsys: pytest.Capture
     assert "repair      error of the outputs" in shown and "3 of 4 layers fitted" in shown and "top-1" in shown
 
 
+def test_prune_fits_blocks(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
+    errors = []
+    for more in ((), ("--blocks", 60)):
+        assert command(*PRUNE, "--calibration", 30, "--repair", "--json", *more) == 0
+        found = json.loads(capsys.readouterr().out)["repair"]
+        errors.append(found["outputs"]["after"])
+        assert bool(found["blocks"]) == bool(more)
+    assert errors[1] < errors[0]
+
+
 def test_too_few_images_are_told(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
     assert command(*PRUNE, "--calibration", 10, "--repair") == 0
     assert "upscale: 1 of 4 layers have fewer samples than unknowns, head" in capsys.readouterr().err
@@ -83,6 +93,7 @@ def test_too_few_images_are_told(command: Command, capsys: pytest.CaptureFixture
     [
         ((*PRUNE[:6], "--amount", 0.5, "--repair"), "--repair needs images: say where with --data"),
         ((*PRUNE[:-2], "--masked", "--repair"), "--repair needs the weights before masking"),
+        ((*PRUNE, "--blocks", 20), "--blocks 20 goes on from what --repair finds"),
     ],
 )
 def test_a_repair_that_cannot_be_is_refused(

@@ -92,6 +92,7 @@ def prune(
     verbose: bool = False,
     calibration: Iterable[Any] | None = None,
     ridge: float | Literal["auto"] = "auto",
+    blocks: int = 0,
     **masking: Any,
 ) -> torch.fx.GraphModule:
     """Mask a copy of ``model``, repair it if there is data, and export it: a smaller model, with a ``report``.
@@ -105,6 +106,8 @@ def prune(
             not something else, and the remaining weights are then fitted to what ``model`` computes on them, by
             :func:`repair`, whose ``repair_report`` the smaller model gets too. None: no repair.
         ridge: see :func:`repair`.
+        blocks: steps of the fit of blocks that follows the regressions (``repair(method="blockwise", steps=blocks)``),
+            after the last of several turns. 0: none.
         masking: what :func:`mask` takes, for instance ``flops=0.5`` or ``amount=0.3, method="contiguous"``. With
             ``steps=`` and masks chosen by ``calibration``, the weights are repaired after each step, and
             ``repair_report`` is of the last.
@@ -112,14 +115,15 @@ def prune(
     Raises:
         What :func:`mask`, :func:`repair` and :func:`export` raise. ``model`` is untouched in every case.
     """
+    last = _last_repair(ridge, blocks, calibration)
     batches = None if calibration is None else list(checked_batches(calibration))  # gone over twice
     by_them = _is_named(masking.get("importance", "auto"), "auto", "obs")
     if batches is None:
         masked = mask(model, args, kwargs, **masking)
     elif by_them:
-        masked = _in_turns(model, args, kwargs, batches, ridge, **masking)
+        masked = _in_turns(model, args, kwargs, batches, last, **masking)
     else:
-        masked = repair(mask(model, args, kwargs, **masking), checked_model(model), batches, ridge)
+        masked = repair(mask(model, args, kwargs, **masking), checked_model(model), batches, **last)
     report = None if batches is None else masked.repair_report
     example = tuple(args) if isinstance(args, (tuple, list)) else (args,)
     pruned = export(masked, example, kwargs, dynamic_shapes=dynamic_shapes, reads=reads, target=target, verify=verify)
@@ -130,12 +134,21 @@ def prune(
     return pruned
 
 
+def _last_repair(ridge: Any, blocks: Any, calibration: Any) -> dict[str, Any]:
+    """How :func:`repair` is called after the last masks."""
+    if isinstance(blocks, bool) or not isinstance(blocks, int) or blocks < 0:
+        raise InputError(f"blocks must be a number of steps, 0 or more, not {blocks!r}")
+    if blocks and calibration is None:
+        raise InputError(f"blocks={blocks} fits to what the model computes on calibration=, and there is none")
+    return {"ridge": ridge, **({"method": "blockwise", "steps": blocks} if blocks else {})}
+
+
 def _in_turns(
     model: nn.Module,
     args: Any,
     kwargs: Mapping[str, Any] | None,
     batches: list[Any],
-    ridge: float | Literal["auto"],
+    last: Mapping[str, Any],
     *,
     amount: Amount = HALF,
     flops: float | None = None,
@@ -147,12 +160,13 @@ def _in_turns(
     **masking: Any,
 ) -> Any:
     """Masked by the batches and repaired, in ``steps`` turns: what is masked next is chosen once the rest makes up for
-    what is masked so far. A channel that is masked costs nothing, so it goes first and stays masked."""
+    what is masked so far. A channel that is masked costs nothing, so it goes first and stays masked. ``last``: how the
+    repair is called in the last turn; the others are by regression alone."""
     original, request = checked_model(model), checked_request(amount, flops, params, latency, steps, schedule)
     names, found = sorted(ignored_layers(ignore, original, find_layers(original))), original
     for part in request.parts():
         masked = mask(found, args, kwargs, calibration=batches, ignore=names, **request.asked(part), **masking)
-        found = repair(masked, original, batches, ridge)
+        found = repair(masked, original, batches, **(last if part == 1 else {"ridge": last["ridge"]}))
     return found
 
 

@@ -108,6 +108,12 @@ Repair = Annotated[
     bool,
     typer.Option("--repair", help="Fit what is left to what the model computes on --data.", rich_help_panel=_DATA),
 ]
+Blocks = Annotated[
+    int,
+    typer.Option(
+        min=0, metavar="STEPS", help="After --repair fit whole blocks, in so many steps.", rich_help_panel=_DATA
+    ),
+]
 Calibration = Annotated[
     int, typer.Option(min=1, help="Images that scores and the repair look at; not evaluated on.", rich_help_panel=_DATA)
 ]
@@ -175,6 +181,7 @@ def prune(
     quiet: Quiet = False,
     data: Data = None,
     repair: Repair = False,
+    blocks: Blocks = 0,
     evaluate: Eval = False,
     calibration: Calibration = 256,
     mean: Mean = DEFAULT_MEAN,
@@ -188,6 +195,7 @@ def prune(
     _check_files({"--out": out, "--onnx": onnx, "--report": report}, force)
     importance = importance or ("obs" if repair and side is Side.input else "l2")
     _check_images(importance, data, evaluate, repair, masked)
+    _check_blocks(blocks, repair)
     target = upscale.Target(
         batch=batch if inputs or batch else 1,  # the examples of libraries are of two
         memory_format=None if memory_format is None else memory_format.value,
@@ -213,7 +221,7 @@ def prune(
             if repair and images:
                 waiting.step("repairing")
                 with waiting.paused():
-                    zeroed = _repaired(zeroed, subject.model, images[1], seed, quiet)
+                    zeroed = _repaired(zeroed, subject.model, images[1], blocks, seed, quiet)
                 repaired = zeroed.repair_report
             waiting.step("exporting")
             pruned = upscale.export(zeroed, subject.args, subject.kwargs, reads=reads.value, target=target)
@@ -263,11 +271,17 @@ def _check_images(importance: str, data: Path | None, evaluate: bool, repair: bo
         raise UsageError(f"{option} needs images: say where with --data")
 
 
-def _repaired(masked: nn.Module, original: nn.Module, images: Images, seed: int, quiet: bool) -> Any:
+def _check_blocks(blocks: int, repair: bool) -> None:
+    if blocks and not repair:
+        raise UsageError(f"--blocks {blocks} goes on from what --repair finds: give that too")
+
+
+def _repaired(masked: nn.Module, original: nn.Module, images: Images, blocks: int, seed: int, quiet: bool) -> Any:
     """``upscale.repair``; what it warns of is a line on stderr."""
+    how: dict[str, Any] = {"method": "blockwise", "steps": blocks} if blocks else {}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", RepairWarning)
-        repaired = upscale.repair(masked, original, batches_of(images), progress=not quiet, seed=seed)
+        repaired = upscale.repair(masked, original, batches_of(images), progress=not quiet, seed=seed, **how)
     for warning in caught:
         if not quiet:
             print(f"upscale: {warning.message}", file=sys.stderr)

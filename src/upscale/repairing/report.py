@@ -66,10 +66,12 @@ class RepairReport:
     def summary(self) -> str:
         """What was done, in one line."""
         fitted = sum(row.ridge is not None for row in self.layers)
+        moved = sum(after != before for _, before, after in self.blocks)
+        blocks = f", then {moved} of {len(self.blocks)} blocks" if self.blocks else ""
         before, after = self.outputs
         return (
             f"error of the outputs {before:.3g} -> {after:.3g} on held-out examples; "
-            f"{fitted} of {len(self.layers)} layers fitted, {len(self.left)} left out; {self.seconds:.1f} s"
+            f"{fitted} of {len(self.layers)} layers fitted, {len(self.left)} left out{blocks}; {self.seconds:.1f} s"
         )
 
     def to_dict(self) -> dict[str, Any]:

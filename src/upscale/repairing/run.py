@@ -70,9 +70,10 @@ def repair(
         progress: show a bar on stderr when it takes more than two seconds.
         method: ``"ridge"``, or ``"blockwise"``: afterwards fit all residual blocks (what lies between two joins) and
             the outputs to the original's by ``steps`` of Adam on 32 examples each (Li et al. 2021, arXiv
-            2102.05426); where an example is one image, mirrored and shifted at random. Where that leads away from the
-            original on held-out examples it starts again at a lower rate, and it is kept if the outputs are closer in
-            the end. As dear as training for as long, and the better the more is masked.
+            2102.05426); where an example is one image, mirrored and shifted at random, and of a large one a part.
+            Where that leads away from the original on held-out examples it starts again at a lower rate, and it is
+            kept if the outputs are closer in the end. As dear as training for as long, and the better the more is
+            masked.
         seed: of the places of the feature maps that are sampled, and of the examples of a step.
 
     Returns:
