@@ -634,7 +634,12 @@ def test_prune_fits_blocks_in_its_last_turn(turns: int, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize(
     ("blocks", "data", "message"),
-    [(-1, True, "0 or more, not -1"), (2.0, True, "not 2.0"), (True, True, "not True"), (5, False, "blocks=5 fits to")],
+    [
+        (-1, True, "at least 0, not -1"),
+        (2.0, True, "not 2.0"),
+        (True, True, "not True"),
+        (5, False, "blocks=5 fits to"),
+    ],
 )
 def test_blocks_that_cannot_be_fitted_are_refused(blocks: Any, data: bool, message: str) -> None:
     model, _, x = small()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import InputError
-from .mask_arguments import checked_amount, one_of
+from .mask_arguments import checked_amount, one_of, whole
 from .ranking import Group, normalised, pick, quantiles
 
 __all__ = [
@@ -91,8 +91,7 @@ def checked_request(amount: Any, flops: Any, params: Any, latency: Any, steps: A
     given = [*(["amount"] if amount is not HALF else []), *(budget.kind for budget in budgets)]
     if len(given) > 1:
         raise InputError(f"give one of amount, flops, params and latency, not {' and '.join(given)}")
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise InputError(f"steps must be a whole number of at least 1, not {steps!r}")
+    whole("steps", steps, 1)
     one_of("schedule", schedule, ("geometric", "linear"))
     if isinstance(amount, Mapping):
         amount = {_checked_pattern(pattern): _checked_share(pattern, share) for pattern, share in amount.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -13,7 +14,17 @@ from torch import Tensor, nn
 from .channels import channel_count
 from .errors import InputError, UnsupportedModelError
 
-__all__ = ["IMAGE_SIZES", "Call", "as_call", "checked_amount", "checked_model", "guessed_inputs", "one_of"]
+__all__ = [
+    "IMAGE_SIZES",
+    "Call",
+    "as_call",
+    "checked_amount",
+    "checked_model",
+    "guessed_inputs",
+    "one_of",
+    "penalty",
+    "whole",
+]
 
 IMAGE_SIZES = (224, 64, 32)
 
@@ -34,6 +45,19 @@ def one_of(what: str, value: Any, allowed: tuple[str, ...]) -> Any:
     if value not in allowed:
         raise InputError(f"{what} must be one of {', '.join(map(repr, allowed))}, not {value!r}")
     return value
+
+
+def whole(what: str, value: Any, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise InputError(f"{what} must be a whole number of at least {least}, not {value!r}")
+    return value
+
+
+def penalty(what: str, value: Any, or_else: str = "") -> float:
+    """A number that is finite and not negative. ``or_else``: what else ``what`` may be, for the message."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= float(value) < math.inf:
+        raise InputError(f"{what} must be {or_else}a number, zero or more, not {value!r}")
+    return float(value)
 
 
 def checked_amount(amount: Any) -> float:

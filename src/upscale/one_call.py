@@ -16,7 +16,7 @@ from .exporting import attach_report, export
 from .importance import Heuristic
 from .importance.batches import checked_batches
 from .importance.torch_pruning import is_from_torch_pruning
-from .mask_arguments import Call, checked_model
+from .mask_arguments import Call, checked_model, whole
 from .mask_groups import find_layers
 from .masking import MaskingManager, Method
 from .plan import Mode, Target
@@ -136,9 +136,7 @@ def prune(
 
 def _last_repair(ridge: Any, blocks: Any, calibration: Any) -> dict[str, Any]:
     """How :func:`repair` is called after the last masks."""
-    if isinstance(blocks, bool) or not isinstance(blocks, int) or blocks < 0:
-        raise InputError(f"blocks must be a number of steps, 0 or more, not {blocks!r}")
-    if blocks and calibration is None:
+    if whole("blocks", blocks, 0) and calibration is None:
         raise InputError(f"blocks={blocks} fits to what the model computes on calibration=, and there is none")
     return {"ridge": ridge, **({"method": "blockwise", "steps": blocks} if blocks else {})}
 

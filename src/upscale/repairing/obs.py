@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
@@ -15,6 +14,7 @@ from ..errors import InputError
 from ..importance.batches import FromBatches, checked_batches
 from ..importance.progress import progress_bar
 from ..importance.subject import Subject, without_score
+from ..mask_arguments import penalty
 from ..observe import quietly_evaluated
 from ..printing import listed
 from ..program import Program
@@ -72,10 +72,8 @@ class OBS(FromBatches):
 
     def __init__(self, batches: object, seed: int = 0, damping: float = 0.01) -> None:
         super().__init__(checked_batches(batches))
-        if isinstance(damping, bool) or not isinstance(damping, numbers.Real) or not 0 <= float(damping) < math.inf:
-            raise InputError(f"damping must be a number, zero or more, not {damping!r}")
         self._seed: int = seed
-        self._damping: float = float(damping)
+        self._damping: float = penalty("damping", damping)
 
     def scores(self, subject: Subject) -> dict[str, Tensor]:
         """See :meth:`Importance.scores`. Raises ``InputError`` for the output side, and for layers whose weights are

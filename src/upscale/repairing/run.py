@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
-import numbers
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from ..accept import unwrap
-from ..errors import InputError, UnsupportedModelError
+from ..errors import UnsupportedModelError
 from ..importance.batches import checked_batches
 from ..importance.progress import progress_bar
-from ..mask_arguments import one_of
+from ..mask_arguments import one_of, penalty, whole
 from .blockwise import BLOCK_STEPS, BlockFit, fit_blocks
 from .layerwise import RIDGES, repair_layer
 from .outputs import Outputs
@@ -87,8 +85,7 @@ def repair(
     started = time.perf_counter()
     ridges = _checked_ridges(ridge)
     one_of("method", method, ("ridge", "blockwise"))
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise InputError(f"steps must be a whole number of at least 1, not {steps!r}")
+    whole("steps", steps, 1)
     ours, theirs = unwrap(masked), unwrap(original)
     check_same_layers(ours, theirs)
     check_order(ours, theirs)
@@ -127,9 +124,7 @@ def _layers(
 def _checked_ridges(ridge: Any) -> tuple[float, ...]:
     if ridge == "auto" and isinstance(ridge, str):
         return RIDGES
-    if isinstance(ridge, bool) or not isinstance(ridge, numbers.Real) or not 0 <= float(ridge) < math.inf:
-        raise InputError(f'ridge must be "auto" or a number, zero or more, not {ridge!r}')
-    return (float(ridge),)
+    return (penalty("ridge", ridge, '"auto" or '),)
 
 
 def _copied(model: Any) -> Any:
