@@ -20,7 +20,7 @@ import csv
 import itertools
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, astuple, dataclass, fields, replace
+from dataclasses import asdict, astuple, dataclass, fields
 from typing import Any, Literal
 
 import torch
@@ -28,6 +28,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import upscale
+from upscale.amounts import Budget, Request
 from upscale.files import replacing
 from upscale.markdown import table
 from upscale.masking import Method
@@ -144,22 +145,22 @@ def in_turns(
     """The network as it is masked last, repaired, and the seconds that masks and repair took; in each turn the same
     share of what is there is kept, as by ``prune(steps=)``."""
     masking, repairing, repaired = 0.0, 0.0, dense
-    kept = case.share if case.asked == "flops" else 1 - case.share
-    for turn in range(1, case.turns + 1):
+    budget = Budget("flops", case.share) if case.asked == "flops" else None
+    request = Request(case.share, budget, case.turns, "geometric")
+    for part in request.parts():
         start = time.perf_counter()
-        left = kept ** (turn / case.turns)
-        here = replace(case, share=left if case.asked == "flops" else 1 - left) if turn < case.turns else case
-        masked = masked_by(repaired, batches, here, damping)
+        masked = masked_by(repaired, batches, case, damping, **request.asked(part))
         between = time.perf_counter()
-        blocks = {"method": "blockwise", "steps": case.steps} if case.steps and turn == case.turns else {}
+        blocks = {"method": "blockwise", "steps": case.steps} if case.steps and part == 1 else {}
         repaired = upscale.repair(masked, dense, batches, **blocks)
         masking, repairing = masking + between - start, repairing + time.perf_counter() - between
     return masked, repaired, (round(masking, 1), round(repairing, 1))
 
 
-def masked_by(dense: nn.Module, batches: list[Tensor], case: Case, damping: float) -> nn.Module:
-    """The masked network. A budget for L2 or OBS masks is met by the same share of every layer."""
-    how: dict[str, Any] = {"method": case.method, case.asked: case.share, "is_global": case.masks == "global"}
+def masked_by(dense: nn.Module, batches: list[Tensor], case: Case, damping: float, **how: Any) -> nn.Module:
+    """The masked network; ``how``: its amount or budget, which L2 or OBS masks meet by the same share of every
+    layer."""
+    how |= {"method": case.method, "is_global": case.masks == "global"}
     if case.masks != "l2":
         how["importance"] = upscale.OBS(batches, damping=damping)
     masked: nn.Module = upscale.mask(dense, batches[0][:2], **how)
