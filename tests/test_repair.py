@@ -476,6 +476,12 @@ def test_a_rate_that_is_too_high_is_lowered(monkeypatch: pytest.MonkeyPatch) -> 
     assert both.repair_report.outputs[1] < 0.9 * ridge.repair_report.outputs[1]
 
 
+@pytest.mark.parametrize("steps", [1, 5, 8, 37, 1000])
+def test_the_error_is_looked_at_early_and_at_the_end(steps: int) -> None:
+    looked = [step for step in sorted(blockwise._checks(steps)) if step]
+    assert looked[-1] == steps and looked[0] <= max(1, steps / 20) and len(looked) <= 11
+
+
 def test_a_fit_that_is_no_better_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blockwise, "_RATE", 10.0)
     monkeypatch.setattr(blockwise, "_SHORTER", 1.0)
