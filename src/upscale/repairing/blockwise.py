@@ -36,7 +36,7 @@ _EXAMPLES, _LARGE_EXAMPLES = 32, 16  # of a step; of large images
 _RATE, _SHORTER = 0.03, 2.0  # the first rate, and what it is divided by where it is too high
 _WARMUP = 20  # steps until a rate is reached
 _CHECKS, _EARLY = 8, 4  # parts of the steps, and of the first part, after which the error is looked at
-_TOO_HIGH = 1.5  # a rate is too high if the error is so many times the least so far
+_TOO_HIGH = 1.25  # a rate is too high if the error is so many times the least so far
 _LEAST_SCALE = 1e-3  # of a tensor whose values are all but zero
 BlockFit = tuple[str, float, float]
 
