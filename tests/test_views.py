@@ -27,8 +27,8 @@ def test_small_images_are_moved_by_whole_pixels_each_on_its_own(dtype: torch.dty
             for turned in (False, True)
             for down in range(-4, 5)
             for right in range(-3, 4)
-            for shown in [(before.flip(2) if turned else before)[:, 4 + down : 28 + down, 3 + right : 21 + right]]
-            if torch.allclose(shown, after, rtol=1e-6, atol=1e-6)
+            for part in [(before.flip(2) if turned else before)[:, 4 + down : 28 + down, 3 + right : 21 + right]]
+            if torch.allclose(part, after, rtol=1e-6, atol=1e-6)
         ]
         assert len(found) == 1, "mirrored or not, and shifted"
         seen.add(found[0])
