@@ -48,12 +48,18 @@ def interrupted(arguments: Iterable[object], folder: Path, until: Callable[[], b
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        preexec_fn=_heed_ctrl_c,
     )
     wait_until(until)
     time.sleep(1)  # the next piece of work has begun
     os.killpg(process.pid, signal.SIGINT)
     output, _ = process.communicate(timeout=30)
     return process.pid, process.returncode, output
+
+
+def _heed_ctrl_c() -> None:
+    """What a shell starts in its background ignores Ctrl-C, and so does all that comes of it, tests too."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def wait_until(holds: Callable[[], bool], seconds: float = 100) -> None:
