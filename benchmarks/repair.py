@@ -33,6 +33,7 @@ from upscale.files import replacing
 from upscale.markdown import table
 from upscale.masking import Method
 from upscale.measure import flops
+from upscale.repairing import with_blocks
 from upscale.repairing.blockwise import BLOCK_STEPS
 from upscale.reproduce.images import load_dataset
 
@@ -151,8 +152,7 @@ def in_turns(
         start = time.perf_counter()
         masked = masked_by(repaired, batches, case, damping, **request.asked(part))
         between = time.perf_counter()
-        blocks = {"method": "blockwise", "steps": case.steps} if case.steps and part == 1 else {}
-        repaired = upscale.repair(masked, dense, batches, **blocks)
+        repaired = upscale.repair(masked, dense, batches, **with_blocks(case.steps if part == 1 else 0))
         masking, repairing = masking + between - start, repairing + time.perf_counter() - between
     return masked, repaired, (round(masking, 1), round(repairing, 1))
 

@@ -20,7 +20,7 @@ from .mask_arguments import Call, checked_model, whole
 from .mask_groups import find_layers
 from .masking import MaskingManager, Method
 from .plan import Mode, Target
-from .repairing import OBS, repair
+from .repairing import OBS, repair, with_blocks
 from .zeroing import refuse_computed
 
 __all__ = ["mask", "prune"]
@@ -138,7 +138,7 @@ def _last_repair(ridge: Any, blocks: Any, calibration: Any) -> dict[str, Any]:
     """How :func:`repair` is called after the last masks."""
     if whole("blocks", blocks, 0) and calibration is None:
         raise InputError(f"blocks={blocks} fits to what the model computes on calibration=, and there is none")
-    return {"ridge": ridge, **({"method": "blockwise", "steps": blocks} if blocks else {})}
+    return {"ridge": ridge, **with_blocks(blocks)}
 
 
 def _in_turns(

@@ -20,7 +20,7 @@ import upscale
 from .. import measure
 from ..errors import UpscaleError
 from ..importance.choose import NAMES
-from ..repairing import RepairReport, RepairWarning
+from ..repairing import RepairReport, RepairWarning, with_blocks
 from ..reproduce.evaluation import FROM_IMAGES, accuracy, batches_of, check_outputs
 from ..reproduce.images import DataError, Images
 from ..waiting import Waiting
@@ -278,10 +278,10 @@ def _check_blocks(blocks: int, repair: bool) -> None:
 
 def _repaired(masked: nn.Module, original: nn.Module, images: Images, blocks: int, seed: int, quiet: bool) -> Any:
     """``upscale.repair``; what it warns of is a line on stderr."""
-    how: dict[str, Any] = {"method": "blockwise", "steps": blocks} if blocks else {}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", RepairWarning)
-        repaired = upscale.repair(masked, original, batches_of(images), progress=not quiet, seed=seed, **how)
+        how = {"progress": not quiet, "seed": seed, **with_blocks(blocks)}
+        repaired = upscale.repair(masked, original, batches_of(images), **how)
     for warning in caught:
         if not quiet:
             print(f"upscale: {warning.message}", file=sys.stderr)

@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from .obs import OBS
 from .report import LayerRepair, RepairReport, RepairWarning
-from .run import repair
+from .run import repair, with_blocks
 
-__all__ = ["OBS", "LayerRepair", "RepairReport", "RepairWarning", "repair"]
+__all__ = ["OBS", "LayerRepair", "RepairReport", "RepairWarning", "repair", "with_blocks"]

@@ -26,7 +26,7 @@ from .report import LayerRepair, RepairReport, RepairWarning
 from .sites import Site, find_sites
 from .tape import Frontier, Tape
 
-__all__ = ["repair"]
+__all__ = ["repair", "with_blocks"]
 
 Model = TypeVar("Model", bound=nn.Module)
 #: Activations that are kept between layers, for all batches together, in bytes.
@@ -106,6 +106,11 @@ def repair(
     seconds = time.perf_counter() - started
     repaired.__dict__["repair_report"] = RepairReport(layers, left, (before, after), moved, blocks, seconds)
     return repaired
+
+
+def with_blocks(steps: int) -> dict[str, Any]:
+    """What :func:`repair` is called with to fit blocks too, in so many steps; 0: not at all."""
+    return {"method": "blockwise", "steps": steps} if steps else {}
 
 
 def _layers(
