@@ -471,9 +471,29 @@ def test_a_rate_that_is_too_high_is_lowered(monkeypatch: pytest.MonkeyPatch) -> 
     """Where the error explodes, the fit starts again, and gets somewhere in the steps that are left."""
     monkeypatch.setattr(blockwise, "_RATE", 1.0)
     model, masked, x = residual()
-    ridge = upscale.repair(masked, model, [x], progress=False)
     both = upscale.repair(masked, model, [x], method="blockwise", steps=300, progress=False)
-    assert both.repair_report.outputs[1] < 0.9 * ridge.repair_report.outputs[1]
+    blocks = both.repair_report.blocks
+    assert sum(after for *_, after in blocks) < 0.8 * sum(before for _, before, _ in blocks)
+
+
+def test_blocks_that_are_closer_do_not_pay_with_outputs_that_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the fourth look on blocks go on to get closer, but the outputs are twice as far as at first."""
+    model, masked, x = residual()
+    seen: list[list[float]] = []
+    errors = blockwise._Fit.errors
+
+    def worse(fit: blockwise._Fit) -> list[float]:
+        *blocks, _ = errors(fit)
+        share = 1.0 if not seen else 0.9 if len(seen) < 4 else 2.0
+        seen.append([*(error / (1 + len(seen)) for error in blocks), 0.003 * share])
+        return seen[-1]
+
+    monkeypatch.setattr(blockwise._Fit, "errors", worse)
+    monkeypatch.setattr(blockwise, "_RATE", 0.01)
+    both = upscale.repair(masked, model, [x], method="blockwise", steps=300, progress=False)
+    kept = [after for *_, after in both.repair_report.blocks]
+    assert kept == seen[3]
+    assert sum(seen[-1]) < sum(kept)
 
 
 @pytest.mark.parametrize("steps", [1, 5, 8, 37, 1000])

@@ -25,9 +25,10 @@ from .geometry import is_contraction
 from .outputs import Outputs, examples_of
 from .pair import Inputs, Pair
 from .segments import find_segments
-from .sites import is_frozen, writer
+from .sites import Site, is_frozen, writer
 from .tape import Tape
 from .views import View, are_images, are_large, shown, views_of
+from .whitening import Coordinates, Plain, whitened
 
 __all__ = ["BLOCK_STEPS", "BlockFit", "fit_blocks"]
 
@@ -38,11 +39,19 @@ _WARMUP = 20  # steps until a rate is reached
 _CHECKS, _EARLY = 8, 4  # parts of the steps, and of the first part, after which the error is looked at
 _TOO_HIGH = 1.25  # a rate is too high if the error is so many times the least so far
 _LEAST_SCALE = 1e-3  # of a tensor whose values are all but zero
+_SEEN = 8  # as many steps' examples say in which coordinates a weight is fitted
 BlockFit = tuple[str, float, float]
 
 
 def fit_blocks(
-    pair: Pair, model: nn.Module, inputs: Inputs, outputs: Outputs, steps: int, seed: int, progress: bool
+    pair: Pair,
+    model: nn.Module,
+    sites: Sequence[Site],
+    inputs: Inputs,
+    outputs: Outputs,
+    steps: int,
+    seed: int,
+    progress: bool,
 ) -> tuple[BlockFit, ...]:
     """Fit all blocks of ``model``; (where it ends, its error before, after) of each, on held-out examples.
 
@@ -55,6 +64,7 @@ def fit_blocks(
         return ()
     fit = _Fit(pair, inputs, free, ends)
     before, start = fit.errors(), outputs.error()
+    fit.whiten(sites, torch.Generator().manual_seed(seed))
     after = fit.descend(steps, seed, progress, before)
     present = [entry.tensor.detach().clone() for entry in free]
     for entry, value in zip(free, fit.fitted(), strict=True):
@@ -72,6 +82,10 @@ def _ends(program: Program) -> list[fx.Node]:
     (output,) = (node for node in program.graph.nodes if node.op == "output")
     found = [segment.end for segment in find_segments(program)] + output.all_input_nodes
     return [node for node in dict.fromkeys(found) if node.op == "call_function" and _is_real(node.meta.get("val"))]
+
+
+def _is_output(node: fx.Node) -> bool:
+    return any(user.op == "output" for user in node.users)
 
 
 def _is_real(value: Any) -> bool:
@@ -129,6 +143,7 @@ class _Fit:
         self._free, self._ends, self._targets = free, ends, [pair.origin[node] for node in ends]
         self._ours, self._theirs = _Fitted(pair.masked, inputs.device), Tape(pair.original, inputs.device)
         self._examples = Examples(pair.masked, inputs)
+        self._coordinates: list[Coordinates] = [Plain()] * len(free)
         self._values = [entry.tensor.detach().clone().requires_grad_() for entry in free]
         first = inputs.leaves[0]
         self._count = _LARGE_EXAMPLES if are_images(first) and are_large(first[0]) else _EXAMPLES
@@ -136,13 +151,29 @@ class _Fit:
 
     def fitted(self) -> list[Tensor]:
         """The tensors as they are now; what was zero is zero."""
-        return [(value * entry.kept).detach() for entry, value in zip(self._free, self._values, strict=True)]
+        return [value.detach() for value in self._replaced().values()]
+
+    def _replaced(self) -> dict[str, Tensor]:
+        each = zip(self._free, self._coordinates, self._values, strict=True)
+        return {entry.name: way.outside(value) * entry.kept for entry, way, value in each}
+
+    def whiten(self, sites: Sequence[Site], generator: torch.Generator) -> None:
+        """Take the weights of ``sites`` in coordinates in which what they read is white."""
+        draws = (self._examples.draw(self._count, generator)[0] for _ in range(_SEEN))
+        seen = (self._shown(leaves, generator) for leaves in draws)
+        ways = whitened(sites, self._ours, seen, generator)
+        found = {id(site.weight): way for site, way in zip(sites, ways, strict=True)}
+        self._coordinates = [found.get(id(entry.tensor), Plain()) for entry in self._free]
+        present = [entry.tensor.detach().clone() for entry in self._free]
+        self._values = [
+            way.inside(tensor).requires_grad_() for way, tensor in zip(self._coordinates, present, strict=True)
+        ]
 
     def descend(self, steps: int, seed: int, progress: bool, before: list[float]) -> list[float]:
         """Adam on the mean of the ends' relative square errors, its rate falling along a cosine. What had the least
-        mean on held-out examples, where it was looked at, is what is left in the end; it is gone back to, at a lower
-        rate, where that mean has grown to ``_TOO_HIGH`` times as much. ``before``: the ends' errors; returns those that
-        are left."""
+        mean on held-out examples, where it was looked at, is what is left in the end, if the outputs are no worse than
+        they were; it is gone back to, at a lower rate, where that mean has grown to ``_TOO_HIGH`` times as much.
+        ``before``: the ends' errors; returns those that are left."""
         best, least = [value.detach().clone() for value in self._values], before
         rate, since, optimiser = _RATE, 0, self._optimiser()
         generator = torch.Generator().manual_seed(seed)
@@ -158,7 +189,7 @@ class _Fit:
                 if step + 1 not in checks:
                     continue
                 found = self.errors()
-                if fmean(found) <= fmean(least):
+                if fmean(found) <= fmean(least) and self._of_outputs(found) <= self._of_outputs(before):
                     best, least = [value.detach().clone() for value in self._values], found
                 elif not fmean(found) <= _TOO_HIGH * fmean(least):
                     self._set(best)
@@ -166,11 +197,14 @@ class _Fit:
         self._set(best)
         return least
 
+    def _of_outputs(self, errors: Sequence[float]) -> float:
+        return sum(error for node, error in zip(self._ends, errors, strict=True) if _is_output(node))
+
     def _optimiser(self) -> torch.optim.Adam:
         """A step of Adam is of one size whatever the gradient: here it is a share of a tensor's root mean square."""
         return torch.optim.Adam(
-            {"params": [value], "scale": max(_root_mean_square(value[entry.kept]), _LEAST_SCALE)}
-            for entry, value in zip(self._free, self._values, strict=True)
+            {"params": [value], "scale": max(_root_mean_square(value[value != 0]), _LEAST_SCALE)}
+            for value in self._values
         )
 
     def _set(self, values: Sequence[Tensor]) -> None:
@@ -217,9 +251,7 @@ class _Fit:
 
     def _wrong(self, leaves: Sequence[Tensor], chosen: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
         """Mean square of each end's error, and the variance of its target, over the examples ``chosen``."""
-        self._ours.replaced = {
-            entry.name: value * entry.kept for entry, value in zip(self._free, self._values, strict=True)
-        }
+        self._ours.replaced = self._replaced()
         with torch.no_grad():
             wanted = _values(self._theirs, leaves, self._targets)
         got = _values(self._ours, leaves, self._ends)

@@ -100,7 +100,7 @@ def repair(
         moved = recalibrated(pair, repaired, inputs, outputs) if recalibrate else None
         blocks: tuple[BlockFit, ...] = ()
         if method == "blockwise":
-            blocks = fit_blocks(pair, repaired, inputs, outputs, steps, seed, progress)
+            blocks = fit_blocks(pair, repaired, sites, inputs, outputs, steps, seed, progress)
         after = outputs.error()
     _warn_of_few(layers)
     seconds = time.perf_counter() - started
