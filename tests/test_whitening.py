@@ -115,6 +115,27 @@ def test_a_layer_that_reads_zeros_or_has_no_weights_keeps_its_values() -> None:
         torch.testing.assert_close(way.outside(way.inside(model.weight.detach())), model.weight.detach())
 
 
+def test_a_fit_in_half_precision_takes_small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thousandth of a weight is lost in bfloat16, many of them are not."""
+    monkeypatch.setattr(blockwise, "_RATE", 0.001)
+    torch.manual_seed(0)
+    model, x = nn.Linear(24, 6).bfloat16(), inputs_like(512, 24).bfloat16()
+    masked = copy.deepcopy(model)
+    with torch.no_grad():
+        masked.weight.mul_(1.25)
+    inputs = collect(masked, x.split(64))
+    pair = capture_pair(masked, model, inputs)
+    sites, _ = find_sites(pair, masked)
+    with torch.no_grad():
+        fit = blockwise._Fit(pair, inputs, blockwise._parameters(pair, masked), blockwise._ends(pair.masked))
+        fit.whiten(sites, torch.Generator().manual_seed(0))
+        assert torch.equal(fit.fitted()[0], masked.weight)
+        (before,) = fit.errors()
+        (after,) = fit.descend(100, 0, False, [before])
+    assert fit.fitted()[0].dtype == torch.bfloat16
+    assert after < before
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_steps_lead_further_where_inputs_are_alike(seed: int) -> None:
     """Behind the root all directions are as steep."""

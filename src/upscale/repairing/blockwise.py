@@ -101,6 +101,15 @@ class _Free:
     kept: Tensor
     write: Callable[[Tensor], None]
 
+    def precise(self) -> Tensor:
+        """A copy in which small steps count, also of half precision."""
+        dtype = torch.promote_types(self.tensor.dtype, torch.float32)
+        return self.tensor.detach().to(dtype, copy=True)
+
+    def masked(self, value: Tensor) -> Tensor:
+        """What ``value`` is as this tensor: zero where it may not change."""
+        return (value * self.kept).to(self.tensor.dtype)
+
 
 def _parameters(pair: Pair, model: nn.Module) -> list[_Free]:
     """Weights, biases, scales and shifts of layers and batch norms."""
@@ -144,7 +153,7 @@ class _Fit:
         self._ours, self._theirs = _Fitted(pair.masked, inputs.device), Tape(pair.original, inputs.device)
         self._examples = Examples(pair.masked, inputs)
         self._coordinates: list[Coordinates] = [Plain()] * len(free)
-        self._values = [entry.tensor.detach().clone().requires_grad_() for entry in free]
+        self._values = [entry.precise().requires_grad_() for entry in free]
         first = inputs.leaves[0]
         self._count = _LARGE_EXAMPLES if are_images(first) and are_large(first[0]) else _EXAMPLES
         self._view = self._cheapest(views_of(first[0])) if are_images(first) else None
@@ -155,7 +164,7 @@ class _Fit:
 
     def _replaced(self) -> dict[str, Tensor]:
         each = zip(self._free, self._coordinates, self._values, strict=True)
-        return {entry.name: way.outside(value) * entry.kept for entry, way, value in each}
+        return {entry.name: entry.masked(way.outside(value)) for entry, way, value in each}
 
     def whiten(self, sites: Sequence[Site], generator: torch.Generator) -> None:
         """Take the weights of ``sites`` in coordinates in which what they read is white."""
@@ -164,10 +173,8 @@ class _Fit:
         ways = whitened(sites, self._ours, seen, generator)
         found = {id(site.weight): way for site, way in zip(sites, ways, strict=True)}
         self._coordinates = [found.get(id(entry.tensor), Plain()) for entry in self._free]
-        present = [entry.tensor.detach().clone() for entry in self._free]
-        self._values = [
-            way.inside(tensor).requires_grad_() for way, tensor in zip(self._coordinates, present, strict=True)
-        ]
+        each = zip(self._coordinates, self._free, strict=True)
+        self._values = [way.inside(entry.precise()).requires_grad_() for way, entry in each]
 
     def descend(self, steps: int, seed: int, progress: bool, before: list[float]) -> list[float]:
         """Adam on the mean of the ends' relative square errors, its rate falling along a cosine. What had the least

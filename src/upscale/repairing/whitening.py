@@ -49,8 +49,9 @@ class Plain:
 
 @dataclass(frozen=True, eq=False)
 class Whitened:
-    """``root``, ``inverse``: (groups, parts, inputs of a part, the same), symmetric, and the inverse of each other;
-    ``shape``: the weight's. Coordinates are of shape (groups, parts, outputs of a group, inputs of a part)."""
+    """``root``, ``inverse``: (groups, parts, inputs of a part, the same), symmetric, and the inverse of each other, in
+    float32 at least; ``shape``: the weight's. Coordinates are of shape (groups, parts, outputs of a group, inputs of a
+    part)."""
 
     geometry: Geometry
     shape: tuple[int, ...]
@@ -120,7 +121,8 @@ class _Gram:
         scale = values.clamp_min(_DAMPING / 2).rsqrt().unsqueeze(2)  # at least _DAMPING but for rounding
         root, inverse = (vectors * scale) @ vectors.mT, (vectors / scale) @ vectors.mT
         weight = self._site.weight
-        return Whitened(self.geometry, tuple(weight.shape), root.to(weight.dtype), inverse.to(weight.dtype))
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        return Whitened(self.geometry, tuple(weight.shape), root.to(dtype), inverse.to(dtype))
 
 
 def _in_parts(rows: Tensor, parts: int, size: int) -> Tensor:
