@@ -658,6 +658,16 @@ def test_prune_fits_blocks_in_its_last_turn(turns: int, monkeypatch: pytest.Monk
     assert pruned.repair_report.outputs[1] < plain.repair_report.outputs[1]
 
 
+def test_turns_are_left_out_where_single_channels_are_too_large_a_step() -> None:
+    """Each hidden channel is a quarter of the FLOPs, so half of them can be met, and no third of the way to it."""
+    model, x = random_like(nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3))), normal(64, 6)
+    how: dict[str, Any] = {"ignore": ["0"], "calibration": [x], "steps": 3}
+    pruned = upscale.prune(model, x[:2], flops=0.5, **how)
+    assert pruned.get_submodule("0").weight.shape == (2, 6)
+    with pytest.raises(upscale.BudgetError, match="nearest that these masks reach"):
+        upscale.prune(model, x[:2], flops=0.6, **how)
+
+
 @pytest.mark.parametrize(
     ("blocks", "data", "message"),
     [

@@ -4,6 +4,7 @@ the same. See :func:`export` and the paper's two classes, :class:`MaskingManager
 from . import importance, interop, regularize
 from .converting import to_onnx
 from .errors import (
+    BudgetError,
     CaptureError,
     ConstantOutputError,
     ConversionError,
@@ -38,6 +39,7 @@ __version__ = "0.1.0"
 __all__ = [
     "OBS",
     "ActivationMagnitude",
+    "BudgetError",
     "CaptureError",
     "ConstantOutputError",
     "ConversionError",

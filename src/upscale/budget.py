@@ -21,7 +21,7 @@ from . import measure
 from .amounts import Budget
 from .capture import capture
 from .channels import Side
-from .errors import ConstantOutputError, InputError, NothingToPruneError, UnsupportedModelError
+from .errors import BudgetError, ConstantOutputError, NothingToPruneError, UnsupportedModelError
 from .exporting import Compiled, compile_program, finish
 from .observe import quietly_evaluated
 from .prices import channel_prices
@@ -150,7 +150,7 @@ def choose_within(
     some of them zeroes. ``must``: whether a budget that cannot be met is an error; else the nearest choice is taken.
 
     Raises:
-        InputError: no choice along ``order`` is within 1 % of the budget (10 % of a latency).
+        BudgetError: no choice along ``order`` is within 1 % of the budget (10 % of a latency).
     """
     kind, tolerance = budget.kind, _TOLERANCE[budget.kind]
     if budget.left == 1 and not taken:
@@ -165,7 +165,7 @@ def choose_within(
         search = Search(cost, budget.left, tolerance, _MOST[kind])
         found = search.run(taken, len(order), single=kind != "latency")
     if must and not found.met:
-        raise InputError(_unreachable(budget, found, tolerance, len(order)))
+        raise BudgetError(_unreachable(budget, found, tolerance, len(order)))
     return [order[position] for position in found.chosen]
 
 

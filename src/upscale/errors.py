@@ -15,6 +15,10 @@ class InputError(UpscaleError):
     """An argument or an example input is missing, empty, of the wrong type, shape or value."""
 
 
+class BudgetError(InputError):
+    """A budget that no choice of channels meets."""
+
+
 class UnsupportedModelError(UpscaleError):
     """The object given is not something that can be exported (ScriptModule, ``__slots__`` class, odd child names)."""
 

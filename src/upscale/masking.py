@@ -199,9 +199,9 @@ class MaskingManager:
                 Such masks take the place of earlier ones.
 
         Raises:
-            InputError: a bad argument, a name that matches no layer, or a budget that cannot be met (the message says
-                the nearest that can). NothingToPruneError: no layer can be masked. CaptureError: for budgets, where
-                ``torch.export`` cannot capture the model. The model is unchanged in every case.
+            InputError: a bad argument, or a name that matches no layer. BudgetError: a budget that cannot be met (the
+                message says the nearest that can). NothingToPruneError: no layer can be masked. CaptureError: for
+                budgets, where ``torch.export`` cannot capture the model. The model is unchanged in every case.
         """
         request = checked_request(amount, flops, params, latency, steps, schedule)
         ignored = ignored_layers(ignore, self._model, self._layers)

@@ -11,7 +11,7 @@ from torch import nn
 
 from .amounts import HALF, Amount, Ignored, Schedule, checked_request, ignored_layers
 from .channels import Side
-from .errors import InputError, UnsupportedModelError
+from .errors import BudgetError, InputError, UnsupportedModelError
 from .exporting import attach_report, export
 from .importance import Heuristic
 from .importance.batches import checked_batches
@@ -158,12 +158,18 @@ def _in_turns(
     **masking: Any,
 ) -> Any:
     """Masked by the batches and repaired, in ``steps`` turns: what is masked next is chosen once the rest makes up for
-    what is masked so far. A channel that is masked costs nothing, so it goes first and stays masked. ``last``: how the
-    repair is called in the last turn; the others are by regression alone."""
+    what is masked so far. A channel that is masked costs nothing, so it goes first and stays masked. A turn is left
+    out where single channels are too large a step for its part of a budget. ``last``: how the repair is called in the
+    last turn; the others are by regression alone."""
     original, request = checked_model(model), checked_request(amount, flops, params, latency, steps, schedule)
     names, found = sorted(ignored_layers(ignore, original, find_layers(original))), original
     for part in request.parts():
-        masked = mask(found, args, kwargs, calibration=batches, ignore=names, **request.asked(part), **masking)
+        try:
+            masked = mask(found, args, kwargs, calibration=batches, ignore=names, **request.asked(part), **masking)
+        except BudgetError:
+            if part == 1:
+                raise
+            continue
         found = repair(masked, original, batches, **(last if part == 1 else {"ridge": last["ridge"]}))
     return found
 
