@@ -39,7 +39,8 @@ _WARMUP = 20  # steps until a rate is reached
 _CHECKS, _EARLY = 8, 4  # parts of the steps, and of the first part, after which the error is looked at
 _TOO_HIGH = 1.25  # a rate is too high if the error is so many times the least so far
 _LEAST_SCALE = 1e-3  # of a tensor whose values are all but zero
-_SEEN = 8  # as many steps' examples say in which coordinates a weight is fitted
+_SEEN = 32  # as many steps' examples, or all steps', say in which coordinates a weight is fitted
+_LIFT = 2.0**10  # what gradients are multiplied by where float16 would lose them; to Adam it is all one
 BlockFit = tuple[str, float, float]
 
 
@@ -64,17 +65,21 @@ def fit_blocks(
         return ()
     fit = _Fit(pair, inputs, free, ends)
     before, start = fit.errors(), outputs.error()
-    fit.whiten(sites, torch.Generator().manual_seed(seed))
+    fit.whiten(sites, min(steps, _SEEN), seed)
     after = fit.descend(steps, seed, progress, before)
-    present = [entry.tensor.detach().clone() for entry in free]
-    for entry, value in zip(free, fit.fitted(), strict=True):
-        entry.write(value)
-    if not outputs.error() < start:
-        after = before
-        for entry, value in zip(free, present, strict=True):
-            entry.write(value)
+    if after is not before:
+        present = [entry.tensor.detach().clone() for entry in free]
+        _write(free, fit.fitted())
+        if not outputs.error() < start:
+            after = before
+            _write(free, present)
     names = [module_path(node) or str(node) for node in ends]
-    return tuple(zip(names, before, after, strict=True))
+    return tuple(zip(names, before.ends, after.ends, strict=True))
+
+
+def _write(free: Sequence[_Free], values: Sequence[Tensor]) -> None:
+    for entry, value in zip(free, values, strict=True):
+        entry.write(value)
 
 
 def _ends(program: Program) -> list[fx.Node]:
@@ -103,8 +108,7 @@ class _Free:
 
     def precise(self) -> Tensor:
         """A copy in which small steps count, also of half precision."""
-        dtype = torch.promote_types(self.tensor.dtype, torch.float32)
-        return self.tensor.detach().to(dtype, copy=True)
+        return _precise(self.tensor.detach().clone())
 
     def masked(self, value: Tensor) -> Tensor:
         """What ``value`` is as this tensor: zero where it may not change."""
@@ -147,6 +151,18 @@ class _Fitted(Tape):
         return super().value(state, node)
 
 
+@dataclass(frozen=True)
+class _Errors:
+    """On held-out examples: of each end, relative to its target's variance, and the sum of the outputs' squares."""
+
+    ends: list[float]
+    outputs: float
+
+    @property
+    def mean(self) -> float:
+        return fmean(self.ends)
+
+
 class _Fit:
     def __init__(self, pair: Pair, inputs: Inputs, free: Sequence[_Free], ends: Sequence[fx.Node]) -> None:
         self._free, self._ends, self._targets = free, ends, [pair.origin[node] for node in ends]
@@ -154,6 +170,7 @@ class _Fit:
         self._examples = Examples(pair.masked, inputs)
         self._coordinates: list[Coordinates] = [Plain()] * len(free)
         self._values = [entry.precise().requires_grad_() for entry in free]
+        self._lifted = _LIFT if any(entry.tensor.dtype == torch.float16 for entry in free) else 1.0
         first = inputs.leaves[0]
         self._count = _LARGE_EXAMPLES if are_images(first) and are_large(first[0]) else _EXAMPLES
         self._view = self._cheapest(views_of(first[0])) if are_images(first) else None
@@ -166,21 +183,23 @@ class _Fit:
         each = zip(self._free, self._coordinates, self._values, strict=True)
         return {entry.name: entry.masked(way.outside(value)) for entry, way, value in each}
 
-    def whiten(self, sites: Sequence[Site], generator: torch.Generator) -> None:
-        """Take the weights of ``sites`` in coordinates in which what they read is white."""
-        draws = (self._examples.draw(self._count, generator)[0] for _ in range(_SEEN))
-        seen = (self._shown(leaves, generator) for leaves in draws)
+    def whiten(self, sites: Sequence[Site], draws: int, seed: int) -> None:
+        """Take the weights of ``sites`` in coordinates in which what they read is white, in so many steps' examples
+        (of whole batches also those that are held out)."""
+        generator = torch.Generator().manual_seed(seed)
+        drawn = (self._examples.draw(self._count, generator)[0] for _ in range(draws))
+        seen = (self._shown(leaves, generator) for leaves in drawn)
         ways = whitened(sites, self._ours, seen, generator)
         found = {id(site.weight): way for site, way in zip(sites, ways, strict=True)}
         self._coordinates = [found.get(id(entry.tensor), Plain()) for entry in self._free]
         each = zip(self._coordinates, self._free, strict=True)
         self._values = [way.inside(entry.precise()).requires_grad_() for way, entry in each]
 
-    def descend(self, steps: int, seed: int, progress: bool, before: list[float]) -> list[float]:
+    def descend(self, steps: int, seed: int, progress: bool, before: _Errors) -> _Errors:
         """Adam on the mean of the ends' relative square errors, its rate falling along a cosine. What had the least
         mean on held-out examples, where it was looked at, is what is left in the end, if the outputs are no worse than
         they were; it is gone back to, at a lower rate, where that mean has grown to ``_TOO_HIGH`` times as much.
-        ``before``: the ends' errors; returns those that are left."""
+        ``before``: the errors; returns those that are left."""
         best, least = [value.detach().clone() for value in self._values], before
         rate, since, optimiser = _RATE, 0, self._optimiser()
         generator = torch.Generator().manual_seed(seed)
@@ -196,19 +215,17 @@ class _Fit:
                 if step + 1 not in checks:
                     continue
                 found = self.errors()
-                if fmean(found) <= fmean(least) and self._of_outputs(found) <= self._of_outputs(before):
+                if found.mean <= least.mean and found.outputs <= before.outputs:
                     best, least = [value.detach().clone() for value in self._values], found
-                elif not fmean(found) <= _TOO_HIGH * fmean(least):
+                elif not found.mean <= _TOO_HIGH * least.mean:
                     self._set(best)
                     rate, since, optimiser = rate / _SHORTER, 0, self._optimiser()
         self._set(best)
         return least
 
-    def _of_outputs(self, errors: Sequence[float]) -> float:
-        return sum(error for node, error in zip(self._ends, errors, strict=True) if _is_output(node))
-
     def _optimiser(self) -> torch.optim.Adam:
-        """A step of Adam is of one size whatever the gradient: here it is a share of a tensor's root mean square."""
+        """A step of Adam is of one size whatever the gradient: here it is a share of the root mean square of a tensor's
+        coordinates."""
         return torch.optim.Adam(
             {"params": [value], "scale": max(_root_mean_square(value[value != 0]), _LEAST_SCALE)}
             for value in self._values
@@ -222,9 +239,11 @@ class _Fit:
     @torch.enable_grad()
     def _step(self, optimiser: torch.optim.Optimizer, generator: torch.Generator) -> None:
         leaves, used = self._examples.draw(self._count, generator)
-        wrong, scale = self._wrong(self._shown(leaves, generator), used)
+        self._ours.replaced = self._replaced()
+        ends = self._compared(self._shown(leaves, generator), used)
         optimiser.zero_grad()
-        torch.stack([w / s for w, s in zip(wrong, scale, strict=True)]).mean().backward()
+        loss = torch.stack([(got - wanted).square().mean() / _variance(wanted) for got, wanted in ends]).mean()
+        (loss * self._lifted).backward()
         optimiser.step()
 
     def _shown(self, leaves: Sequence[Tensor], generator: torch.Generator) -> Sequence[Tensor]:
@@ -248,24 +267,32 @@ class _Fit:
         return all(_differ_in_size_only(v, node) for v, node in zip(found, [*self._ends, *self._ends], strict=True))
 
     @torch.no_grad()
-    def errors(self) -> list[float]:
-        """Of each end on held-out examples."""
-        sums = torch.zeros(2, len(self._ends), dtype=torch.float64)
-        for leaves, held in self._examples.held(_EXAMPLES):
-            wrong, scale = self._wrong(leaves, held)
-            sums += len(leaves[0]) * torch.tensor([[float(w) for w in wrong], [float(s) for s in scale]])
-        return (sums[0] / sums[1]).tolist()
-
-    def _wrong(self, leaves: Sequence[Tensor], chosen: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
-        """Mean square of each end's error, and the variance of its target, over the examples ``chosen``."""
+    def errors(self) -> _Errors:
         self._ours.replaced = self._replaced()
+        relative, squares = torch.zeros(2, len(self._ends), dtype=torch.float64), 0.0
+        for leaves, held in self._examples.held(_EXAMPLES):
+            for number, (got, wanted) in enumerate(self._compared(leaves, held)):
+                wrong = float((got - wanted).square().mean())
+                relative[:, number] += len(leaves[0]) * torch.tensor([wrong, float(_variance(wanted))])
+                squares += wrong * wanted.numel() * _is_output(self._ends[number])
+        return _Errors((relative[0] / relative[1]).tolist(), squares)
+
+    def _compared(self, leaves: Sequence[Tensor], chosen: Tensor | None) -> list[tuple[Tensor, Tensor]]:
+        """What each end is and should be, of the examples ``chosen``, in float32 at least."""
         with torch.no_grad():
             wanted = _values(self._theirs, leaves, self._targets)
         got = _values(self._ours, leaves, self._ends)
         if chosen is not None:
             got, wanted = ([examples_of(value, chosen) for value in values] for values in (got, wanted))
-        wrong = [(g - w).square().mean() for g, w in zip(got, wanted, strict=True)]
-        return wrong, [w.var(correction=0).clamp_min(torch.finfo(w.dtype).tiny) for w in wanted]
+        return [(_precise(g), _precise(w)) for g, w in zip(got, wanted, strict=True)]
+
+
+def _precise(value: Tensor) -> Tensor:
+    return value.to(torch.promote_types(value.dtype, torch.float32))
+
+
+def _variance(values: Tensor) -> Tensor:
+    return values.var(correction=0).clamp_min(torch.finfo(values.dtype).tiny)
 
 
 def _values(tape: Tape, leaves: Sequence[Tensor], ends: Sequence[fx.Node]) -> list[Tensor]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +22,9 @@ from .tape import State, Tape
 
 __all__ = ["Coordinates", "Plain", "Whitened", "whitened"]
 
-_PLACES = 48  # of each example that the Gram matrix is taken from
-_DAMPING = 0.1  # of its mean, added to its diagonal
-_MOST = 640  # inputs that are whitened together, as 64 channels of a window of 3 x 3; more are taken in parts
+_ROWS = 512  # of each call and batch that a Gram matrix is taken from
+_DAMPING = 0.1  # of its mean, added to its diagonal; more where there are few rows
+_MOST = 640  # inputs that are whitened together, room for 64 channels in a window of 3 x 3; more are taken in parts
 
 
 class Coordinates(Protocol):
@@ -85,13 +85,26 @@ def whitened(
 
 
 def _rows(geometry: Geometry, call: Call, tape: Tape, state: State, generator: torch.Generator) -> Tensor:
-    """What a call reads at some places of each example: (groups, rows, inputs of a group x window)."""
+    """What a call reads at some places: (groups, rows, inputs of a group x window)."""
     dim = batch_dim(call.node)
     maps = geometry.by_example(tape.value(state, call.node.args[0]), dim)
-    out = geometry.by_example(tape.call(call.node, lambda node: tape.value(state, node)), dim)
-    total = out[0, 0].numel()
-    places = torch.randint(total, (len(out), min(_PLACES, total)), generator=generator).to(out.device)
-    return geometry.patches(maps, places, out.shape[2:]).flatten(0, 1).transpose(0, 1)
+    out = geometry.by_example(tape.call(call.node, lambda node: _without_data(tape.value(state, node))), dim)
+    chosen = _drawn(1, len(out), _ROWS, generator)[0]
+    places = _drawn(len(chosen), out[0, 0].numel(), math.ceil(_ROWS / len(chosen)), generator)
+    found = geometry.patches(maps[chosen.to(maps.device)], places.to(maps.device), out.shape[2:])
+    return found.flatten(0, 1).transpose(0, 1)
+
+
+def _drawn(count: int, total: int, wanted: int, generator: torch.Generator) -> Tensor:
+    """``count`` times ``wanted`` of ``total`` numbers, int64, or all of them where there are no more."""
+    if wanted >= total:
+        return torch.arange(total).expand(count, total)
+    return torch.randint(total, (count, wanted), generator=generator)
+
+
+def _without_data(value: Any) -> Any:
+    """For the size of what is written, nothing has to be computed."""
+    return value.to("meta") if isinstance(value, Tensor) else value
 
 
 class _Gram:
@@ -101,7 +114,7 @@ class _Gram:
         self._site, self.geometry = site, site.geometry
         rows = self.geometry.rows_of(site.weight.detach())
         parts = math.ceil(rows.shape[2] / _MOST)
-        self._parts, self._size = parts, math.ceil(rows.shape[2] / parts)
+        self._parts, self._size, self._count = parts, math.ceil(rows.shape[2] / parts), 0
         self._kept = _in_parts((rows != 0).any(1, keepdim=True), parts, self._size).squeeze(1)
         self._sum = rows.new_zeros(len(rows), parts, self._size, self._size, dtype=torch.float64)
 
@@ -109,14 +122,19 @@ class _Gram:
         """More rows: (groups, rows, inputs of a group x window)."""
         cut = _in_parts(rows, self._parts, self._size).transpose(1, 2).double()
         self._sum += cut.mT @ cut
+        self._count += rows.shape[1]
 
     def coordinates(self) -> Whitened:
-        both = self._kept.unsqueeze(3) & self._kept.unsqueeze(2)
-        gram = torch.where(both, self._sum, 0)
+        """Where a part has more inputs than there were rows, most of its directions are only noise, so the fewer the
+        rows the more is added to the diagonal. Inputs that are NaN or infinite somewhere are left alone."""
+        kept = self._kept & self._sum.diagonal(dim1=2, dim2=3).isfinite()
+        gram = torch.where(kept.unsqueeze(3) & kept.unsqueeze(2), self._sum, 0)
         diagonal = gram.diagonal(dim1=2, dim2=3)
-        mean = diagonal.sum(2, keepdim=True) / self._kept.sum(2, keepdim=True).clamp_min(1)
+        inputs = kept.sum(2, keepdim=True)
+        mean = diagonal.sum(2, keepdim=True) / inputs.clamp_min(1)
         mean = torch.where(mean > 0, mean, 1)
-        diagonal.add_(torch.where(self._kept, _DAMPING, 1) * mean)  # a view of it
+        damping = (inputs / max(1, self._count)).clamp_min(_DAMPING)
+        diagonal.add_(torch.where(kept, damping, 1) * mean)  # a view of it
         values, vectors = torch.linalg.eigh(gram / mean.unsqueeze(3))
         scale = values.clamp_min(_DAMPING / 2).rsqrt().unsqueeze(2)  # at least _DAMPING but for rounding
         root, inverse = (vectors * scale) @ vectors.mT, (vectors / scale) @ vectors.mT
