@@ -199,7 +199,8 @@ def test_gradients_of_half_precision_are_not_lost(lift: float | None, monkeypatc
     fit = blockwise._Fit(pair, inputs, blockwise._parameters(pair, masked), blockwise._ends(pair.masked))
     before = fit._values[0].detach().clone()
     fit._step(torch.optim.Adam(fit._values, lr=0.001), torch.Generator().manual_seed(0))
-    assert torch.equal(fit._values[0], before) == (lift is not None)
+    moved = int((fit._values[0] != before).sum())
+    assert moved == 8 if lift is None else moved < 4
 
 
 @pytest.mark.parametrize("seed", range(3))
