@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from upscale.repairing import blockwise, whitening
 from upscale.repairing.pair import capture_pair, collect
-from upscale.repairing.sites import find_sites
+from upscale.repairing.sites import Site, find_sites
 from upscale.repairing.tape import Tape
 from upscale.repairing.whitening import Whitened, whitened
 
@@ -69,6 +69,13 @@ def test_there_and_back(kind: str, most: int, monkeypatch: pytest.MonkeyPatch) -
     torch.testing.assert_close(way.outside(value), model.weight.detach(), rtol=1e-10, atol=1e-12)
     plain = way.geometry.rows_of(model.weight.detach()).flatten()
     assert not torch.allclose(value.flatten()[:3], plain[:3], rtol=1e-3)
+
+
+def fit_of(masked: nn.Module, model: nn.Module, batches: Sequence[Tensor]) -> tuple[blockwise._Fit, list[Site]]:
+    inputs = collect(masked, batches)
+    pair = capture_pair(masked, model, inputs)
+    sites, _ = find_sites(pair, masked)
+    return blockwise._Fit(pair, inputs, blockwise._parameters(pair, masked), blockwise._ends(pair.masked)), sites
 
 
 def assert_root_of(way: Whitened, rows: Tensor, group: int = 0) -> None:
@@ -171,11 +178,8 @@ def test_a_fit_in_half_precision_takes_small_steps(monkeypatch: pytest.MonkeyPat
     masked = copy.deepcopy(model)
     with torch.no_grad():
         masked.weight.mul_(1.25)
-    inputs = collect(masked, x.split(64))
-    pair = capture_pair(masked, model, inputs)
-    sites, _ = find_sites(pair, masked)
     with torch.no_grad():
-        fit = blockwise._Fit(pair, inputs, blockwise._parameters(pair, masked), blockwise._ends(pair.masked))
+        fit, sites = fit_of(masked, model, x.split(64))
         fit.whiten(sites, 32, 0)
         assert torch.equal(fit.fitted()[0], masked.weight)
         before = fit.errors()
@@ -194,9 +198,7 @@ def test_gradients_of_half_precision_are_not_lost(lift: float | None, monkeypatc
     masked = copy.deepcopy(model)
     with torch.no_grad():
         masked.weight.mul_(1.02)
-    inputs = collect(masked, x.split(20))
-    pair = capture_pair(masked, model, inputs)
-    fit = blockwise._Fit(pair, inputs, blockwise._parameters(pair, masked), blockwise._ends(pair.masked))
+    fit, _ = fit_of(masked, model, x.split(20))
     before = fit._values[0].detach().clone()
     fit._step(torch.optim.Adam(fit._values, lr=0.001), torch.Generator().manual_seed(0))
     moved = int((fit._values[0] != before).sum())
@@ -213,12 +215,8 @@ def test_steps_lead_further_where_inputs_are_alike(seed: int) -> None:
     with torch.no_grad():
         near.weight.mul_(1 + 0.3 * torch.randn(6, 24))
     for whitens in (True, False):
-        masked = copy.deepcopy(near)
-        inputs = collect(masked, x.split(64))
-        pair = capture_pair(masked, model, inputs)
-        sites, _ = find_sites(pair, masked)
         with torch.no_grad():
-            fit = blockwise._Fit(pair, inputs, blockwise._parameters(pair, masked), blockwise._ends(pair.masked))
+            fit, sites = fit_of(copy.deepcopy(near), model, x.split(64))
             if whitens:
                 fit.whiten(sites, 32, 0)
             left.append(fit.descend(100, 0, False, fit.errors()).mean)
